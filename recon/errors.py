@@ -1,0 +1,35 @@
+"""The errors a user can cause, and how the command line ends on each."""
+
+from __future__ import annotations
+
+
+class ReconError(Exception):
+    """Any failure that recon foresaw; its text says what was expected, what came, and the way out."""
+
+
+class InputError(ReconError, ValueError):
+    """Something given to recon does not fit: a file, a key, a shape, a unit, a combination (exit code 2)."""
+
+
+class CheckFailed(ReconError, AssertionError):
+    """A property that was claimed does not hold; the text carries the measured figure."""
+
+
+class Stopped(ReconError):
+    """The run stopped at a checkpoint because it was asked to (exit code 75: resume it)."""
+
+
+def need(module: str, extra: str) -> object:
+    """Import an optional library, or say which extra of recon brings it.
+
+    Raises InputError with the install command when the library is absent.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"this needs the Python package {module!r}, which could not be imported ({error}); "
+            f"install it with: pip install 'recon[{extra}]'"
+        ) from error
