@@ -1,0 +1,1 @@
+"""Files and simulators made into arrays in physical units."""

@@ -1,0 +1,77 @@
+"""What a run would take: shapes, operator figures, layout over ranks, memory, time and size, from one timed step."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+
+import torch
+
+from recon.comm import Comm
+from recon.draws import Draws, blocks
+from recon.errors import CheckFailed
+from recon.operators.base import LinearOperator
+from recon.samplers.loop import block_threads, default_block
+from recon.workflows.problem import Job
+from recon.workflows.schema import Workflow
+
+
+def forecast(workflow: Workflow, job: Job, comm: Comm) -> str:
+    """The text of ``recon check``; computes one sampler step of one block.  Raises CheckFailed for a wrong transpose."""
+    operator, sampler = job.operator, job.sampler
+    block = workflow.block or default_block(job.posterior)
+    pieces = blocks(workflow.draws, block)
+    per_worker = math.ceil(math.ceil(len(pieces) / comm.draws.size) / comm.workers)
+    seconds = _step_seconds(job, Draws(workflow.seed, pieces[0]))
+    total = seconds * sampler.steps * per_worker
+    values = workflow.draws * job.posterior.space.size
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    rows = [
+        ("data", job.notes.get("data", "")),
+        ("operator", operator.describe()),
+        ("operator norm", f"{operator.norm():.4g} {operator.range.unit} per {operator.domain.unit}"),
+        ("adjoint test", f"{_adjoint_error(operator):.1e}, below 1e-5"),
+        ("likelihood", type(job.posterior.likelihood).__name__),
+        ("prior", f"{job.prior.card.name}: {job.prior.card.summary}"),
+        ("sampler", f"{sampler!r}"),
+        ("claim", sampler.claim + (f", {sampler.exact_for}" if sampler.exact_for else "")),
+        ("draws", f"{workflow.draws} in {len(pieces)} blocks of {block}, seed {workflow.seed}"),
+        ("layout", f"{comm.draws.size} ranks x {comm.workers} threads, at most {per_worker} blocks one after the other"),
+        ("memory", f"about {peak + 0.2 * comm.workers:.1f} GiB a rank ({peak:.1f} GiB now, with one block worked on)"),
+        ("time", f"about {_clock(total)} ({seconds:.2f} s a step and block), and the baselines"),
+        ("ensemble.nc", f"about {max(0.1, values * 4 / 2**20):.1f} MiB"),
+        *[("warning", text) for text in job.warnings],
+    ]
+    return "\n".join(f"{name:<14} {text}" for name, text in rows)
+
+
+def _step_seconds(job: Job, draws: Draws) -> float:
+    """Wall time of one step of one block on one thread, the second of two (the first warms up)."""
+    with block_threads(1) as each:
+
+        def two(_: int, __: object) -> float:
+            state = job.sampler.init(job.posterior, draws)
+            job.sampler.step(job.posterior, state, 0, draws)
+            start = time.perf_counter()
+            job.sampler.step(job.posterior, state, 0, draws)
+            return time.perf_counter() - start
+
+        return float(each(two, {0: None})[0])
+
+
+def _adjoint_error(operator: LinearOperator) -> float:
+    """``|<A u, v> - <u, A^T v>| / (|A u| |v|)`` for keyed random u, v."""
+    probe = Draws(0, [0])
+    u = probe.normal(0, operator.domain.shape, "probe", dtype=operator.dtype)
+    v = probe.normal(1, operator.range.shape, "probe", dtype=operator.dtype)
+    forward, back = operator.A(u).double(), operator.A_adjoint(v).double()
+    error = abs(float((forward * v.double()).sum() - (u.double() * back).sum()))
+    error /= float(torch.linalg.vector_norm(forward) * torch.linalg.vector_norm(v.double()))
+    if error > 1e-5:
+        raise CheckFailed(f"{operator.describe()}: the adjoint test gives {error:.1e}, expected below 1e-5")
+    return error
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,144 @@
+"""The path from a workflow file to a report, read top to bottom; the same on one process and on many."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recon import comm as ranks
+from recon.comm import Comm
+from recon.diagnostics.fit import data_fit
+from recon.ensemble import Ensemble
+from recon.errors import InputError
+from recon.report import Evidence, write_report
+from recon.runs import Checkpoints, RunFolder
+from recon.samplers import sample
+from recon.samplers.loop import describe
+from recon.workflows.comparison import baselines
+from recon.workflows.problem import Job, prepare
+from recon.workflows.provenance import environment, identity, weights_sha256
+from recon.workflows.schema import Workflow, load_workflow, resolved
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    path: str | Path,
+    out: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    overwrite: bool = False,
+    workspace: str | Path | None = None,
+) -> Path:
+    """Carry out a workflow file; returns the run's folder.
+
+    Everything is read and checked before the folder is made.  Raises InputError for what does not fit, Stopped at a checkpoint.
+    """
+    comm = ranks.from_environment()
+    workflow = load_workflow(path, overrides, workspace)
+    folder = RunFolder(Path(out) if out is not None else Path("runs") / Path(path).stem)
+    folder.refuse_existing(overwrite)
+    job = prepare(workflow)
+    facts = environment(comm)
+    comm.draws.barrier()  # nobody looks at the folder any more
+    if comm.root:
+        asked = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else resolved(workflow)
+        folder.create(asked, resolved(workflow), facts, overwrite)
+        job.measurement.save(folder.measurement)
+    comm.draws.barrier()
+    return _carry_out(workflow, job, folder, comm, facts)
+
+
+def resume(path: str | Path) -> Path:
+    """Go on with the run in a folder from its last checkpoint; a finished one is left as it is.  Raises InputError."""
+    folder = RunFolder(Path(path))
+    folder.require_run()
+    if folder.done.exists():
+        return folder.path
+    comm = ranks.from_environment()
+    workflow = load_workflow(folder.config)
+    return _carry_out(workflow, prepare(workflow), folder, comm, environment(comm))
+
+
+def check(path: str | Path, overrides: Iterable[str] = (), workspace: str | Path | None = None) -> str:
+    """What a workflow would do, found out without doing it: shapes, norm, adjoint test, ranks, memory, size, time."""
+    from recon.workflows.forecast import forecast
+
+    workflow = load_workflow(path, overrides, workspace)
+    return forecast(workflow, prepare(workflow), ranks.from_environment())
+
+
+def report(path: str | Path) -> Path:
+    """Write the report of a finished run again from its files; returns the page.  Raises InputError."""
+    folder = RunFolder(Path(path))
+    folder.require_run()
+    if not folder.ensemble.exists():
+        raise InputError(f"{folder.path} has no ensemble yet; go on with: recon resume {folder.path}")
+    return write_report(Evidence.load(folder.path), folder.path)
+
+
+def _carry_out(workflow: Workflow, job: Job, folder: RunFolder, comm: Comm, facts: dict[str, Any]) -> Path:
+    """Sample, compare, explain; only rank 0 writes what is not a checkpoint."""
+    checkpoints = Checkpoints(folder.checkpoints, comm, identity(workflow, job), workflow.checkpoint_every)
+    log.info("%s: %d draws with %s", folder.path, workflow.draws, type(job.sampler).__name__)
+    with checkpoints.stopping_on_signals():
+        ensemble = sample(
+            job.posterior, job.sampler, workflow.draws, workflow.seed, workflow.block, comm, checkpoints
+        )
+    if comm.root:
+        evidence = _evidence(workflow, job, ensemble, {**facts, "identity": checkpoints.identity})
+        ensemble.save(folder.ensemble, evidence.facts["provenance"])
+        evidence.save(folder.path)
+        write_report(evidence, folder.path)
+        folder.finish({"finished": datetime.now(UTC).isoformat(timespec="seconds"), "draws": len(ensemble)})
+    comm.draws.barrier()
+    return folder.path
+
+
+def _evidence(workflow: Workflow, job: Job, ensemble: Ensemble, facts: dict[str, Any]) -> Evidence:
+    log.info("comparing with the data and with %s", ", ".join(workflow.baselines) or "nothing else")
+    m, card = job.measurement, job.prior.card
+    sampler = describe(job.sampler)
+    about = {
+        "title": card.summary if not workflow.summary else workflow.summary,
+        "operator": f"{type(job.operator).__name__}: {len(job.operator.geometry.angles)} views, "
+        f"{job.operator.geometry.detectors} detectors of {1e3 * job.operator.geometry.spacing:.3g} mm, "
+        f"projector {job.operator.geometry.projector}",
+        "noise": _noise(job),
+        "data": job.notes.get("data", ""),
+        "sampler": {"name": type(job.sampler).__name__, **sampler},
+        "prior": {"name": card.name, "summary": card.summary, "sha256": weights_sha256(job), **dict(card.facts)},
+        "cost": dict(ensemble.info["cost"]),
+        "provenance": {**facts, "seed": workflow.seed, "draws": workflow.draws, "block": ensemble.info["block"]},
+        "warnings": job.warnings,
+    }
+    line_integrals = job.posterior.likelihood.gaussian().y
+    return Evidence(
+        ensemble=ensemble,
+        measurement=line_integrals,
+        range=job.operator.range,
+        fit=data_fit(job.posterior.likelihood, ensemble),
+        truth=m.truth,
+        baselines=baselines(workflow, job),
+        facts=about,
+        prior_std=_prior_std(job),
+    )
+
+
+def _prior_std(job: Job) -> Tensor | None:
+    sigma = getattr(job.prior, "sigma_data", None)
+    return None if sigma is None else torch.tensor(float(job.prior.scale) * sigma)
+
+
+def _noise(job: Job) -> str:
+    m = job.measurement
+    if m.blank is not None:
+        form = type(job.posterior.likelihood).__name__
+        return f"photon counts, {float(m.blank.mean()):.4g} without the object, {float(m.values.min()):.0f} at least behind it ({form})"
+    assert m.sigma is not None
+    return f"Gaussian, standard deviation {float(m.sigma.mean()):.3g} of line integrals up to {float(m.values.max()):.3g}"

@@ -1,0 +1,192 @@
+"""The workflow file: what is reconstructed, with which prior and sampler, how many draws.
+
+.. code-block:: yaml
+
+    problem:
+      dataset: ct_small               # or  measurement: FILE  in place of dataset and noise
+      operator: sparse_view_ct
+      noise: {counts: 1.0e5}          # or {sigma: 0.01} in data units, or {relative: 0.01} of the mean |A x|
+    prior: ct_axial
+    sampler: {method: mmps, steps: 100}
+    draws: 16
+    seed: 0
+
+An operator, data set or prior is a name (`recon list`), a path, or, but for priors, the definition itself.  A path in a file is
+relative to that file; one given with ``--set`` is relative to the current folder.  Loading looks every reference up, so a
+``Workflow`` holds definitions, not names, and what ``resolved`` writes runs the same anywhere on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, create_model, model_validator
+
+from recon.errors import InputError
+from recon.store import find
+from recon.workflows.definitions import DatasetDefinition, OperatorDefinition, read_definition
+from recon.workflows.fields import Items, Positive, Section, Whole, reference
+from recon.workflows.problems import validated
+from recon.workflows.sections import Made, sampler_section
+from recon.workflows.source import KeyPath, Source, dotted, read_source, to_yaml
+
+Baseline = Literal["fbp", "tv"]
+
+
+class Noise(Section):
+    """The noise that is added to simulated data; exactly one of the three.
+
+    counts: photons per detector without an object (CT).  sigma: standard deviation in data units.  relative: the same as a
+    share of the mean of ``|A x|``.
+    """
+
+    counts: Positive | None = None
+    sigma: Positive | None = None
+    relative: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Noise:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of counts, sigma, relative; got {', '.join(given) or 'none'}")
+        return self
+
+
+class Problem(Section):
+    """What was measured: a measurement file, or a truth from a data set seen through an operator with noise.
+
+    index: which slice of the data set.  operator: needed with a data set; with a measurement only when its file does not
+    state the geometry.
+    """
+
+    dataset: reference(DatasetDefinition, "datasets") | None = None  # type: ignore[valid-type]
+    index: Whole = Field(default=0, ge=0)
+    measurement: Annotated[str, Field(min_length=1)] | None = None
+    operator: reference(OperatorDefinition, "operators") | None = None  # type: ignore[valid-type]
+    noise: Noise | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Problem:
+        if (self.dataset is None) == (self.measurement is None):
+            got = "neither" if self.dataset is None else "both"
+            raise ValueError(f"expected either dataset (simulate from a truth) or measurement (a file); got {got}")
+        if self.dataset is not None and (self.operator is None or self.noise is None):
+            missing = [name for name in ("operator", "noise") if getattr(self, name) is None]
+            raise ValueError(f"simulating from a dataset also needs {' and '.join(missing)}")
+        if self.measurement is not None and self.noise is not None:
+            raise ValueError("noise is for simulated data; the noise of a measurement is stated in its file")
+        if self.measurement is not None and self.index:
+            raise ValueError("index chooses a slice of a dataset; it has no meaning with a measurement")
+        return self
+
+
+class Workflow(Section):
+    """A whole workflow file.
+
+    summary: one line for `recon list`.  likelihood: of the post-log data (gaussian) or of the photon counts (transmission).
+    draws: how many.  seed: of all random numbers.  block: draws that are computed together; null leaves it to recon.
+    baselines: conventional reconstructions for comparison.  checkpoint_every: seconds between checkpoints.
+    """
+
+    summary: str = ""
+    problem: Problem
+    likelihood: Literal["gaussian", "transmission"] = "gaussian"
+    prior: str = Field(min_length=1)
+    sampler: Made
+    draws: Whole = Field(default=16, ge=1, le=2**32)
+    seed: Whole = Field(default=0, ge=0, lt=2**64)
+    block: Whole | None = Field(default=None, ge=1)
+    baselines: Annotated[tuple[Baseline, ...], Items] = ("fbp", "tv")
+    checkpoint_every: Positive = 60.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Workflow:
+        noise = self.problem.noise
+        if self.likelihood == "transmission" and noise is not None and noise.counts is None:
+            raise ValueError("the transmission likelihood is that of photon counts; give problem.noise as {counts: ...}")
+        return self
+
+
+@cache
+def workflow_model() -> type[Workflow]:
+    """``Workflow`` with the sampler section made from the samplers there are; loads torch."""
+    from recon.samplers import METHODS
+
+    return create_model("Workflow", __base__=Workflow, __doc__=Workflow.__doc__, sampler=(sampler_section(METHODS), ...))
+
+
+def load_workflow(path: str | Path, overrides: Iterable[str] = (), workspace: str | Path | None = None) -> Workflow:
+    """The workflow in a file, checked as a whole and with its references looked up.
+
+    path: a file, or the name of a shipped workflow.  overrides: ``a.b=value``.  workspace: a folder with definitions.
+
+    Raises InputError listing everything that is wrong, each with file, line, column and key.
+    """
+    named = isinstance(path, str) and "/" not in path and not path.endswith((".yaml", ".yml")) and not Path(path).exists()
+    source = read_source(find("workflows", path, workspace) if named else Path(path)).overridden(overrides)
+    return looked_up(validated(workflow_model(), source), source, workspace)
+
+
+def looked_up(workflow: Workflow, source: Source, workspace: str | Path | None = None) -> Workflow:
+    """``workflow`` with definitions in place of names and absolute paths; ``source`` is where it was read.
+
+    Raises InputError listing every reference that leads nowhere or to a definition that does not fit.
+    """
+    wrong: list[str] = []
+
+    def at(path: KeyPath, value: Any, group: Any) -> Any:  # noqa: ANN401
+        if not isinstance(value, str):
+            return value
+        try:
+            found = find(group, _anchored(value, path, source), workspace).resolve()
+            return str(found) if group == "priors" else read_definition(group, found)
+        except InputError as error:
+            wrong.append(f"{source.where(path)}: {dotted(path)}: {error}")
+            return value
+
+    problem = workflow.problem
+    changes: dict[str, Any] = {
+        "dataset": at(("problem", "dataset"), problem.dataset, "datasets"),
+        "operator": at(("problem", "operator"), problem.operator, "operators"),
+    }
+    prior = at(("prior",), workflow.prior, "priors")
+    if problem.measurement is not None:
+        here: KeyPath = ("problem", "measurement")
+        file = Path(_anchored(problem.measurement, here, source, always=True)).resolve()
+        changes["measurement"] = str(file)
+        if not file.is_file():
+            wrong.append(f"{source.where(here)}: {dotted(here)}: there is no file {file}")
+    if wrong:
+        raise InputError("\n".join(wrong))
+    return workflow.model_copy(update={"problem": problem.model_copy(update=changes), "prior": prior})
+
+
+def resolved(workflow: Workflow) -> str:
+    """``workflow`` as YAML text with every value written out; loading it gives the same workflow."""
+    return to_yaml(_plain(workflow))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of workflow files, for editors."""
+    return workflow_model().model_json_schema()
+
+
+def _anchored(value: str, path: KeyPath, source: Source, always: bool = False) -> str:
+    """``value`` as it is when it is a name or absolute, else the path it means."""
+    is_path = always or "/" in value or value.endswith((".yaml", ".yml"))
+    place = source.places.get(path)
+    if not is_path or (place is not None and place.override):
+        return value
+    return str(Path(source.name).parent / Path(value).expanduser())
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """Sections as dicts, without keys that are null by default."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        pairs = {name: getattr(value, name) for name in fields}
+        return {k: _plain(v) for k, v in pairs.items() if not (v is None and fields[k].default is None)}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
