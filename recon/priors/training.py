@@ -111,7 +111,7 @@ class Training:
         self.names = [name for name, _ in network.named_parameters()]
         self.parameters = [p for _, p in network.named_parameters()]
         self.average = [p.detach().clone() for p in self.parameters]
-        self.optimiser = torch.optim.Adam(self.parameters, lr=config.learning_rate, betas=(0.9, 0.99))
+        self.optimiser = torch.optim.Adam(self.parameters, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
         self.precision = pick_precision() if config.precision == "auto" else getattr(torch, config.precision)
         cores = len(os.sched_getaffinity(0))
         self.pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
@@ -135,7 +135,7 @@ class Training:
                 say(self._line(losses))
                 last_said, losses = now, []
             if self.progress.images % self.config.validate_images < self.config.batch and self.held_out is not None:
-                say(self._validate())
+                say(self.pool.submit(self._validate).result())
             if self.folder is not None and now - last_saved >= self.config.checkpoint_seconds:
                 self.save()
                 last_saved = now
@@ -162,20 +162,26 @@ class Training:
         images, mask = coming.result()
         self.coming = self.pool.submit(self.batches, self.progress.step + 1, config.batch)
         sigma, noise = levels_and_noise(config, self.schedule, self.progress.step, tuple(images.shape))
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.learning_rate()
         chunks = [slice(first, first + config.chunk) for first in range(0, config.batch, config.chunk)]
         parts = list(self.pool.map(lambda c: self._gradient(images[c], mask[c], sigma[c], noise[c]), chunks))
-        known = mask.sum()
+        # Done by a worker too: threads of one operation that wait for each other stall on a machine shared with other work.
+        return self.pool.submit(self._update, parts, mask.sum()).result()
+
+    def _update(self, parts: list[tuple[Tensor, tuple[Tensor, ...]]], known: Tensor) -> float:
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate()
         for index, p in enumerate(self.parameters):
             p.grad = torch.stack([grads[index] for _, grads in parts]).sum(0) / known
-        torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
         self.progress.step += 1
-        self.progress.images += config.batch
-        half_life = min(config.ema, self.progress.images / 20)
+        self.progress.images += self.config.batch
+        half_life = min(self.config.ema, self.progress.images / 20)
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, list[Tensor](self.parameters), 1 - 0.5 ** (config.batch / half_life))
+            torch._foreach_lerp_(
+                self.average, list[Tensor](self.parameters), 1 - 0.5 ** (self.config.batch / half_life)
+            )
         return float(sum(loss for loss, _ in parts) / known)
 
     def _gradient(
@@ -263,7 +269,9 @@ def levels_and_noise(
     config: TrainingConfig, schedule: Schedule, step: int, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """Noise levels (n,) and standard normal noise (n, ny, nx) of a step: a pure function of (seed, step)."""
-    random = np.random.Generator(np.random.Philox(key=[config.seed, (1 << 63) + step]))
+    # An array of uint64: numpy takes a list with a number above 2^63 through float64, which forgets the step.
+    key = np.array([config.seed, (1 << 63) + step], dtype=np.uint64)
+    random = np.random.Generator(np.random.Philox(key=key))
     log_sigma = config.p_mean + config.p_std * random.standard_normal(shape[0])
     low, high = math.log(schedule.sigma_min), math.log(schedule.sigma_max)
     flat = random.uniform(low, high, shape[0])
