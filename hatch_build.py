@@ -9,13 +9,22 @@ from pathlib import Path
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-GROUPS = ("operators", "priors", "datasets", "workflows")
+PATTERNS = (
+    "operators/*.yaml",
+    "datasets/*.yaml",
+    "workflows/*.yaml",
+    "workflows/*.sh",
+    "priors/*/card.yaml",
+    "priors/*/train.yaml",
+    "priors/*/weights.safetensors",
+)
 
 
 class ShareDefinitions(BuildHookInterface):
     def initialize(self, version, build_data):
         if version == "editable":
             return
-        for group in GROUPS:
-            if (Path(self.root) / group).is_dir():
-                build_data["force_include"][group] = f"recon/_share/{group}"
+        root = Path(self.root)
+        for path in (path for pattern in PATTERNS for path in sorted(root.glob(pattern))):
+            relative = path.relative_to(root).as_posix()
+            build_data["force_include"][relative] = f"recon/_share/{relative}"

@@ -63,7 +63,8 @@ class Cutter:
         """Batch number ``step``: attenuation (count, size, size) in 1/m, and where it is known (1.0 or 0.0)."""
         images, known = [], []
         for index in range(count):
-            random = np.random.Generator(np.random.Philox(key=[self.seed, (step << 20) + index]))
+            key = np.array([self.seed, (step << 20) + index], dtype=np.uint64)
+            random = np.random.Generator(np.random.Philox(key=key))
             image, mask = self._cut(random)
             images.append(image)
             known.append(mask)

@@ -111,7 +111,11 @@ def read_measurement(path: Path) -> Measurement:
     geometry = _geometry(path, data)
     image = _image(path, data)
     values = _numbers(path, data, kinds[0], geometry.range.shape)
-    noise = {name: _numbers(path, data, name, geometry.range.shape) for name in ("sigma", "blank", "background") if name in data}
+    noise = {
+        name: _numbers(path, data, name, geometry.range.shape)
+        for name in ("sigma", "blank", "background")
+        if name in data
+    }
     wanted = "sigma" if kinds[0] == "sinogram" else "blank"
     if wanted not in noise:
         raise InputError(f"{path}: {kinds[0]} needs the variable {wanted!r} beside it; a likelihood has a noise level")
@@ -129,11 +133,17 @@ def _geometry(path: Path, data: xr.Dataset) -> ParallelGeometry:
     detector = _coordinate(path, data, "detector", _LENGTHS)
     steps = np.diff(detector)
     if len(detector) < 2 or not np.allclose(steps, steps.mean(), rtol=1e-4, atol=0) or steps.mean() <= 0:
-        raise InputError(f"{path}: detector positions must grow in equal steps; got {detector[:3]} ... ({len(detector)})")
+        raise InputError(
+            f"{path}: detector positions must grow in equal steps; got {detector[:3]} ... ({len(detector)})"
+        )
     projector = str(data.attrs.get("projector", "line"))
     try:
         return ParallelGeometry(
-            tuple(angle), len(detector), float(steps.mean()), float(detector.mean()), projector  # type: ignore[arg-type]
+            tuple(angle),
+            len(detector),
+            float(steps.mean()),
+            float(detector.mean()),
+            projector,  # type: ignore[arg-type]
         )
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -144,7 +154,9 @@ def _image(path: Path, data: xr.Dataset) -> Space:
     for name in ("image_rows", "image_columns", "pixel_mm"):
         value = data.attrs.get(name)
         if value is None or not np.isscalar(value) or not np.isfinite(float(value)) or float(value) <= 0:
-            raise InputError(f"{path}: attribute {name!r} must be a positive number, the grid to reconstruct on; got {value!r}")
+            raise InputError(
+                f"{path}: attribute {name!r} must be a positive number, the grid to reconstruct on; got {value!r}"
+            )
         found[name] = float(value)
     return Space.grid((int(found["image_rows"]), int(found["image_columns"])), found["pixel_mm"] * 1e-3, "1/m")
 

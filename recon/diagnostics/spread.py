@@ -29,6 +29,7 @@ from recon.ensemble import Ensemble
 from recon.errors import InputError
 
 LEVELS = (0.5, 0.9)
+GROUP = 20  # fewest pixels whose rms error is worth a point
 CHUNK = 1 << 22  # draws x pixels sorted at a time
 
 
@@ -160,18 +161,19 @@ def determined(ensemble: Ensemble, prior_variance: float | Tensor | None) -> Ten
 
 
 def reliability(ensemble: Ensemble, truth: Tensor, bins: int = 10) -> tuple[list[float], list[float]]:
-    """Error against spread: pixels in ``bins`` groups of equal size by std; rms spread and rms error of the mean in each.
+    """Error against spread: pixels in groups of equal size by std; rms spread and rms error of the mean in each.
 
-    truth: *space.shape.  Calibrated draws give equal numbers in every group, for any M: each half of the draws groups the pixels
-    for the other half, whose spread is measured, since a group picked for its small std would have too small a std; and
-    the spread carries the factor ``sqrt((M+1)/M)``.  Raises InputError when shapes do not fit or there are fewer than 4 draws.
+    truth: *space.shape.  bins: number of groups, fewer where they would hold less than 20 pixels.  Calibrated draws give equal
+    numbers in every group, for any M: each half of the draws groups the pixels for the other half, whose spread is measured,
+    since a group picked for its small std would have too small a std; and the spread carries the factor ``sqrt((M+1)/M)``.
+    Raises InputError when shapes do not fit or there are fewer than 4 draws.
     """
     if len(ensemble) < 4:
         raise InputError(f"error against spread takes two halves of at least 2 draws; got {len(ensemble)} draws")
     error = (ensemble.mean().double() - _fitting(ensemble, truth).double()).flatten()
     log_w, factor = ensemble.weights.log(), math.sqrt((ensemble.ess + 1) / ensemble.ess)
     halves = [Ensemble(ensemble.x[h::2], ensemble.space, log_w[h::2]).std().double().flatten() for h in (0, 1)]
-    groups = [half.argsort().tensor_split(min(bins, half.numel())) for half in halves]
+    groups = [half.argsort().tensor_split(max(1, min(bins, half.numel() // GROUP))) for half in halves]
     spreads, errors = [], []
     for first, second in zip(*groups, strict=True):
         spreads.append(factor * _rms(torch.cat([halves[1][first], halves[0][second]])))

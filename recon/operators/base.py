@@ -28,7 +28,7 @@ class Operator(nn.Module):
         super().__init__()
         self.domain, self.range = domain, range
 
-    def apply(self, x: Tensor) -> Tensor:  # type: ignore[override]  # nn.Module.apply maps over submodules; physics wins
+    def apply(self, x: Tensor) -> Tensor:  # nn.Module.apply maps over submodules; physics wins
         """The physics; ``x`` is known to be (n, *domain.shape) and the answer must be (n, *range.shape)."""
         raise TypeError(f"{type(self).__name__} must define apply(x)")
 

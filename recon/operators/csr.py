@@ -84,11 +84,5 @@ def _announce() -> None:
     # torch says once per process that CSR tensors are young; let it say so here, where nobody has to read it.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        one = torch.ones(1, dtype=torch.int32)
-        torch.sparse_csr_tensor(
-            one.cumsum(0, dtype=torch.int32).repeat(2) - torch.tensor([1, 0], dtype=torch.int32),
-            one - 1,
-            torch.ones(1),
-            (1, 1),
-            check_invariants=False,
-        )
+        rows, columns = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+        torch.sparse_csr_tensor(rows, columns, torch.ones(1), (1, 1), check_invariants=False)

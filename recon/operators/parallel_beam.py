@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -37,9 +37,8 @@ from recon.space import Space
 
 Projector = Literal["line", "strip", "linear"]
 
-_VIEWS_PER_EXPORT = (
-    16  # ASTRA reserves the worst case per ray, so a whole scan at once needs several times the final memory
-)
+# ASTRA reserves the worst case per ray, so a whole scan at once would need several times the final memory.
+_VIEWS_PER_EXPORT = 16
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class ParallelGeometry:
                 f"angles are radians and reach {np.abs(values).max():g}, more than two turns; "
                 "if they are degrees, pass numpy.deg2rad(angles)"
             )
-        if int(self.detectors) != self.detectors or self.detectors < 1:
+        if not float(self.detectors).is_integer() or self.detectors < 1:
             raise InputError(f"detectors must be a positive whole number; got {self.detectors!r}")
         if not 0 < self.spacing < math.inf:
             raise InputError(f"detector spacing must be a positive length in metres; got {self.spacing!r}")
@@ -118,7 +117,7 @@ class ParallelBeam(LinearOperator):
     """Parallel-beam projections of a slice: ``y[a, j] = sum_p (length of ray (a, j) in pixel p) * mu[p]``.
 
     domain: a ``Space.grid(shape, pixel, "1/m")``.  angles: radians.  detectors: per view; None covers the diagonal.
-    spacing: of the detectors, m; None for the pixel.  offset: of the detector's centre, m.  limit: bytes that the matrix may take.
+    spacing: of the detectors, m; None for the pixel.  offset: of the detector's centre, m.  limit: bytes the matrix may take.
     Maps (*batch, y, x) in 1/m to (*batch, angle, detector), dimensionless; float32 (``.double()`` for float64).
 
     Raises InputError for a domain or scan that makes no sense, a matrix above ``limit``, or without astra-toolbox.
@@ -141,7 +140,7 @@ class ParallelBeam(LinearOperator):
             if not 0 < spacing < math.inf:
                 raise InputError(f"detector spacing must be a positive length in metres; got {spacing!r}")
             detectors = covering(domain, spacing, offset)
-        geometry = ParallelGeometry(tuple(angles), detectors, spacing, offset, projector)
+        geometry = ParallelGeometry(cast(tuple[float, ...], angles), detectors, spacing, offset, projector)
         super().__init__(domain, geometry.range)
         self.geometry, self.pixel = geometry, pixel
         _refuse_above(limit, self.bytes, geometry)
@@ -182,8 +181,8 @@ def covering(domain: Space, spacing: float, offset: float = 0.0) -> int:
     ``2 (r + |offset|) / spacing`` rounded up, with ``r`` the distance from the axis of rotation to the farthest corner.
     """
     half = _pixel(domain) / 2
-    reach = [max(abs(float(np.min(domain.coords[d]))), abs(float(np.max(domain.coords[d])))) + half for d in ("y", "x")]  # type: ignore[arg-type]
-    return max(1, math.ceil(2 * (math.hypot(*reach) + abs(offset)) / spacing - 1e-9))
+    y, x = (float(np.abs(np.asarray(domain.coords[dim])).max()) + half for dim in ("y", "x"))
+    return max(1, math.ceil(2 * (math.hypot(y, x) + abs(offset)) / spacing - 1e-9))
 
 
 def _pixel(domain: Space) -> float:

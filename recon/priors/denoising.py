@@ -69,10 +69,6 @@ def network_denoiser(network: nn.Module, sigma_data: float) -> Denoiser:
 def fixed_noise(shape: tuple[int, ...], seed: int, sigma: float, first: int) -> Tensor:
     """Standard normal noise (n, ny, nx) for images ``first, first + 1, ...`` at one level."""
     level = round(sigma * 1e6) << 24
-    rows = [
-        np.random.Generator(np.random.Philox(key=[seed, level + first + i])).standard_normal(
-            shape[1:], dtype=np.float32
-        )
-        for i in range(shape[0])
-    ]
-    return torch.from_numpy(np.stack(rows))
+    keys = [np.array([seed, level + first + i], dtype=np.uint64) for i in range(shape[0])]
+    generators = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+    return torch.from_numpy(np.stack([g.standard_normal(shape[1:], dtype=np.float32) for g in generators]))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recon.diagnostics.spread import determined, draws_needed, reliability
+from recon.diagnostics.spread import GROUP, determined, draws_needed, reliability
 from recon.report.evidence import Evidence
 from recon.report.panels import (
     BLUE,
@@ -22,6 +22,7 @@ from recon.report.panels import (
     curve,
     draw,
     finish,
+    legend,
     limits,
     new_figure,
     scale,
@@ -33,7 +34,7 @@ from recon.report.panels import axis as positions
 from recon.report.verdict import bare, number
 
 COLUMNS = 4
-MOST = 12  # panels of one figure
+MOST = 8  # panels of one figure
 
 
 def unit_label(what: str, unit: str) -> str:
@@ -50,6 +51,7 @@ def images(evidence: Evidence) -> Picture:
     shows["posterior mean"] = ensemble.mean()
     shows |= {f"draw {d}": ensemble.x[d] for d in range(min(2, len(ensemble)))}
     shows |= {name: value for name, value in evidence.baselines.items() if name not in shows}
+    left_out = list(shows)[MOST:]
     shows = dict(list(shows.items())[:MOST])
     flat = {name: shown(space, value) for name, value in shows.items()}
     guide = flat.get("truth", flat["posterior mean"])
@@ -70,10 +72,11 @@ def images(evidence: Evidence) -> Picture:
         axes.set_axis_off()
     scale(figure, made, grid, look, *flat.values())
     alt = f"Images side by side at one grey scale: {', '.join(shows)}."
+    omitted = f" Not shown: {', '.join(left_out)}." if left_out else ""
     reference = "truth" if "truth" in shows else "posterior mean"
     caption = (
         f"All panels share one grey scale, {number(look.low)} to {number(look.high)} {bare(space.unit)} (the range of the "
-        f"{reference}); pointed ends of the bar mean that values lie beyond it.{slice_note(space)}"
+        f"{reference}); pointed ends of the bar mean that values lie beyond it.{slice_note(space)}{omitted}"
     )
     return finish(figure, alt, caption)
 
@@ -104,7 +107,7 @@ def _intervals(evidence: Evidence) -> Picture:
         mark = {"marker": "x", "markersize": 6} if few else {}
         curve(axes, space, evidence.truth, gid=INKED, linewidth=1.0, linestyle=line, label="truth", **mark)
     axes.set_ylabel(unit_label("value", space.unit), fontsize=8.5)
-    axes.legend(fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    legend(axes, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     tidy(axes)
     held = " and ".join(f"{100 * level:.0f} %" for level in reversed(bands))
     alt = (
@@ -143,9 +146,14 @@ def uncertainty(evidence: Evidence) -> Picture | None:
         both = replace(look, label=unit_label("std and |error|", space.unit))
         scale(figure, made, grid[0, :2], both, *parts)
         scale(figure, made_ratio, grid[0, 2:], signed, shown(space, ratio))
-    for axes in grid[0, 1:]:
-        if made is not None:
+        for axes in grid[0, 1:]:
             axes.set_ylabel("")
+    else:
+        top = 1.05 * max(limits(*parts, share=0.0)[1], 1e-300)
+        grid[0, 0].set_ylim(0, top)
+        grid[0, 1].set_ylim(0, top)
+        for axes in grid[0]:
+            tidy(axes)
     beyond = shown(space, ratio)
     beyond = beyond[np.isfinite(beyond)]
     share = f"{100 * float((np.abs(beyond) > 2).mean()):.1f} %" if beyond.size else "–"
@@ -239,7 +247,7 @@ def split(evidence: Evidence) -> Picture | None:
     prior = evidence.prior_std
     usable = prior is not None and bool((prior > 0).all())
     fraction = determined(ensemble, prior.double() ** 2) if prior is not None and usable else None
-    compared = truth is not None and len(ensemble) >= 4 and ensemble.ess > 3
+    compared = truth is not None and len(ensemble) >= 4 and ensemble.ess > 3 and space.size >= 2 * GROUP
     if fraction is None and not compared:
         return None
     figure, grid = new_figure(3.3, 1, 2)
@@ -260,14 +268,14 @@ def split(evidence: Evidence) -> Picture | None:
         spread, error = reliability(ensemble, truth)
         top = max(limits(np.array([*spread, *error]), share=0)[1], 1e-300) * 1.08
         axes.plot([0, top], [0, top], gid=INKED, linewidth=0.8, linestyle=":", label="error = spread")
-        axes.plot(spread, error, "o-", color=BLUE, markersize=4, linewidth=1, label="tenths of the pixels by std")
+        axes.plot(spread, error, "o", color=BLUE, markersize=5, label="groups of pixels by std")
         axes.set(xlim=(0, top), ylim=(0, top))
         axes.set_xlabel(unit_label("spread: rms std", space.unit), fontsize=8.5)
         axes.set_ylabel(unit_label("rms error of the mean", space.unit), fontsize=8.5)
         axes.set_title("error against spread", fontsize=9.5)
-        axes.legend(fontsize=8, frameon=False)
+        legend(axes)
         tidy(axes)
-        alts.append("rms error against rms std, in ten groups of pixels")
+        alts.append("rms error against rms std, in groups of pixels")
         captions.append(
             "Above the dotted line, errors are larger than the spread says (over-confident); below, over-cautious."
         )

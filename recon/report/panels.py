@@ -69,8 +69,12 @@ def new_figure(height: float, rows: int, cols: int, **grid: Any) -> tuple[Figure
 
 def finish(figure: Figure, alt: str, caption: str) -> Picture:
     """Draw ``figure`` once for light and once for dark pages."""
-    figure.draw_without_rendering()  # one pass of the layout does not settle axes of fixed proportions
-    figure.draw_without_rendering()
+    for axes in figure.axes:
+        axes.tick_params(labelsize=8)
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        engine.execute(figure)  # one pass does not settle axes of fixed proportions
     figure.set_layout_engine("none")
     return Picture(_encoded(figure, "light"), _encoded(figure, "dark"), alt, caption)
 
@@ -83,7 +87,7 @@ def _encoded(figure: Figure, theme: str) -> str:
     ink = INK[theme]
     for axes in figure.axes:
         axes.set_facecolor(PAPER[theme])
-        axes.tick_params(colors=ink, which="both", labelsize=8)
+        axes.tick_params(colors=ink, which="both")
         for spine in axes.spines.values():
             spine.set_edgecolor(ink)
         axes.xaxis.get_offset_text().set_color(ink)
@@ -97,7 +101,7 @@ def _encoded(figure: Figure, theme: str) -> str:
     figure.set_facecolor(PAPER[theme])
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
-    _smallest(np.asarray(canvas.buffer_rgba())[..., :3]).save(buffer, "png", optimize=True)
+    _smallest(np.asarray(canvas.buffer_rgba())[..., :3]).save(buffer, "png", compress_level=7)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -205,6 +209,7 @@ def image(axes: Axes, space: Space, values: np.ndarray, look: Look) -> Any:  # n
         axes.invert_yaxis()
     axes.set_xlabel(x_label, fontsize=8.5)
     axes.set_ylabel(y_label, fontsize=8.5)
+    axes.locator_params(nbins=5)
     return made
 
 
@@ -224,6 +229,17 @@ def scale(figure: Figure, made: Any, axes: Any, look: Look, *arrays: Tensor | np
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[under, over]
     bar = figure.colorbar(made, ax=axes, extend=extend, shrink=0.9, aspect=28, pad=0.015)
     bar.set_label(look.label, fontsize=8.5)
+
+
+def legend(axes: Axes, **style: Any) -> None:  # noqa: ANN401  (properties of the legend)
+    """A legend without a frame, in which inked lines stay inked."""
+    from matplotlib.lines import Line2D
+
+    handles, labels = axes.get_legend_handles_labels()
+    made = axes.legend(handles, labels, fontsize=8, frameon=False, **style)
+    for artist, handle in zip(handles, made.legend_handles, strict=True):
+        if isinstance(artist, Line2D) and artist.get_gid() == INKED and handle is not None:
+            handle.set_gid(INKED)
 
 
 def tidy(axes: Axes) -> None:

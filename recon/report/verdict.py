@@ -66,9 +66,9 @@ def headline(statements: Sequence[Statement]) -> str:
     looks = [s.about.lower() for s in statements if s.level == "look"]
     points = f" Read the points marked “look” ({', '.join(dict.fromkeys(looks))})." if looks else ""
     if verified:
-        return "The images agree with the data, and the uncertainty has been checked in the scope given below." + points
+        return "The draws agree with the data, and the uncertainty has been checked in the scope given below." + points
     return (
-        "The images agree with the data. Their uncertainty is an indication: its calibration has not been verified."
+        "The draws agree with the data. Their uncertainty is an indication: its calibration has not been verified."
         + points
     )
 

@@ -1,0 +1,12 @@
+r"""Reconstructions without a learnt prior, to compare with: filtered back-projection, least squares, total variation.
+
+They take an operator and measurements (n, \*range.shape) and give images (n, \*domain.shape) in physical units, each
+measurement on its own: neither the batch it travels in nor a neighbour's convergence changes an answer.
+"""
+
+from recon.baselines.backprojection import fbp
+from recon.baselines.least_squares import cgls
+from recon.baselines.total_variation import TVResult, TVSolver, total_variation, tv
+from recon.baselines.tuning import TunedTV, tune_tv
+
+__all__ = ["TVResult", "TVSolver", "TunedTV", "cgls", "fbp", "total_variation", "tune_tv", "tv"]

@@ -1,0 +1,110 @@
+import h5py
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from recon.errors import InputError
+from recon.files import sha256
+from recon.priors import load_prior
+from recon.workflows.train import read_train_file, train
+
+SETTINGS = {
+    "name": "toy",
+    "summary": "discs",
+    "pixel_mm": [1.0, 2.0],
+    "normalisation": {"shift": 8.0, "scale": 16.0, "sigma_data": 0.5},
+    "schedule": {"sigma_min": 0.01, "sigma_max": 20.0},
+    "architecture": {"family": "adm", "size": 16, "channels": [32, 64], "blocks": 1},
+    "cuts": [
+        {"dataset": "discs", "share": 0.7, "side": [32, 32]},
+        {"dataset": "discs", "share": 0.3, "side": [12, 20]},
+    ],
+    "held_out": ["discs", "others"],
+    "training": {"images": 8, "batch": 4, "chunk": 4, "precision": "float32", "validation_sigmas": [0.1, 1.0]},
+    "unfit_for": "anything",
+    "weights_licence": "CC0",
+}
+
+
+def discs(path, count, seed):
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[-1:1:32j, -1:1:32j]
+    radii = rng.uniform(0.3, 0.9, (count, 1, 1))
+    with h5py.File(path, "w") as file:
+        file["slices"] = np.where(x**2 + y**2 < radii**2, 40, -1000).astype(np.int16)
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECON_DATA", str(tmp_path))
+    monkeypatch.setenv("RECON_WORKSPACE", str(tmp_path))
+    (tmp_path / "datasets").mkdir()
+    for name, use, seed in (("discs", "train", 0), ("others", "test", 1)):
+        discs(tmp_path / f"{name}.h5", 6, seed)
+        card = {
+            "name": name,
+            "summary": "discs of water",
+            "reader": "hdf5_slices",
+            "file": f"{name}.h5",
+            "key": "slices",
+            "unit": "HU",
+            "pixel_mm": 1.0,
+            "validation": 0.34 if use == "train" else 0.0,
+            "use": use,
+            "licence": "CC0",
+            "source": "drawn",
+            "sha256": sha256(tmp_path / f"{name}.h5"),
+        }
+        (tmp_path / "datasets" / f"{name}.yaml").write_text(yaml.safe_dump(card))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(before)
+
+
+def write(folder, **changes):
+    path = folder / "priors" / "toy" / "train.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({**SETTINGS, **changes}))
+    return path
+
+
+def test_a_training_file_becomes_a_prior(lab):
+    path = write(lab)
+    assert train(path) == path.parent
+    prior = load_prior("toy")
+    facts = prior.card.facts
+    assert prior.denoise(torch.zeros(1, 16, 16), 1.0).shape == (1, 16, 16)
+    assert facts["budget"]["images"] == 8
+    assert [(row["data"], row["sigma"]) for row in facts["denoising"]] == [
+        (name, sigma) for name in ("discs", "others") for sigma in (0.1, 1.0)
+    ]
+    assert all(row["identity"] == pytest.approx(row["sigma"], rel=0.1) for row in facts["denoising"])
+    assert all(row["wiener"] < row["identity"] for row in facts["denoising"])
+    assert facts["data"][0]["slices"] == 3
+    assert facts["held_out"][1] == "others: all of it"
+    first = (path.parent / "weights.safetensors").read_bytes()
+    train(path)
+    assert (path.parent / "weights.safetensors").read_bytes() == first
+    train(path, resume=False)
+    assert (path.parent / "weights.safetensors").read_bytes() == first
+
+
+def test_test_data_are_never_trained_on(lab):
+    path = write(lab, cuts=[{"dataset": "others", "share": 1.0, "side": [32, 32]}])
+    with pytest.raises(InputError, match="others is for test; it has no part 'train'"):
+        train(path)
+
+
+def test_wrong_training_files_are_refused_with_the_place(lab):
+    with pytest.raises(InputError, match=r"train.yaml:\d+:\d+: colour: unknown key"):
+        read_train_file(write(lab, colour="red"))
+    with pytest.raises(InputError, match="there is no such file"):
+        read_train_file(lab / "absent.yaml")
+
+
+def test_slices_that_cannot_be_averaged_are_refused(lab):
+    architecture = {**SETTINGS["architecture"], "size": 24}
+    with pytest.raises(InputError, match="slices of discs have 32 rows, not a multiple of 24"):
+        train(write(lab, architecture=architecture))
