@@ -21,8 +21,13 @@ _SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PALS_SIZE", "MV2_COMM_WORLD_SIZE"
 class Axis(Protocol):
     """One direction of distribution; every call is collective over it."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int:
+        """Number of this process along the axis."""
+
+    @property
+    def size(self) -> int:
+        """Processes along the axis."""
 
     def barrier(self) -> None:
         """Wait for everyone."""

@@ -2,8 +2,8 @@
 
 Summaries use the weights ``w ~ exp(log_weights)``; the variance is unbiased for equal weights
 (``sum w (x - m)^2 / (1 - sum w^2)``); quantiles interpolate order statistics placed at
-``p_k = (n (C_k - w_k/2) + 1/2) / (n + 1)`` with ``C`` the cumulated sorted weights and ``n = 1/sum w^2``.  For equal weights that
-is ``k / (M + 1)``, the rule whose intervals cover a further draw with the stated probability for any finite ``M``.
+``p_k = (n (C_k - w_k/2) + 1/2) / (n + 1)`` with ``C`` the cumulated sorted weights and ``n = 1/sum w^2``.  For equal
+weights that is ``k / (M + 1)``, the rule whose intervals cover a further draw with the stated probability for any finite ``M``.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ class Ensemble:
         import xarray as xr
 
         dims, unit = self.space.dims, {"units": self.space.unit}
+        assert self.log_weights is not None  # set in __post_init__
         std = self.std() if len(self) > 1 else torch.full(self.space.shape, torch.nan)
         data = {
             "value": (("draw", *dims), self.x.numpy(), {**unit, "long_name": "posterior draws"}),

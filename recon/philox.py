@@ -1,7 +1,7 @@
 """Philox4x64-10 (Salmon et al. 2011) for many keys at once.
 
-``numpy.random.Philox`` makes one stream quickly but costs microseconds to set up; an ensemble of thousands of small draws needs a
-few words of thousands of streams.  Same words, checked against numpy's in the tests.
+``numpy.random.Philox`` makes one stream quickly but costs microseconds to set up; an ensemble of thousands of small draws
+needs a few words of thousands of streams.  Same words, checked against numpy's in the tests.
 """
 
 from __future__ import annotations

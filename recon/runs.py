@@ -192,12 +192,12 @@ class Progress:
 
     def __init__(self, every: float = 30.0) -> None:
         self.start = self.last = time.monotonic()
-        self.every, self.first = every, None
+        self.every, self.first = every, -1
 
     def show(self, done: int, steps: int) -> None:
         """Say where the run is, if it is time to."""
         now = time.monotonic()
-        self.first = done - 1 if self.first is None else self.first
+        self.first = done - 1 if self.first < 0 else self.first
         rate = (done - self.first) / max(now - self.start, 1e-9)
         left = (steps - done) / rate
         text = f"step {done}/{steps}  {rate:.2f} steps/s  {_clock(now - self.start)} gone, {_clock(left)} left"

@@ -37,6 +37,7 @@ class Grid:
     """
 
     def levels(self, schedule: Schedule, steps: int) -> Tensor:
+        """The positive levels: float64 (steps,), falling."""
         raise TypeError("Grid is a contract; use Karras() or LogLinear()")
 
     def sigmas(self, schedule: Schedule, steps: int) -> Tensor:

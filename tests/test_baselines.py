@@ -1,4 +1,4 @@
-"""Filtered back-projection in physical units, least squares against the normal equations, total variation against other solvers."""
+"""Filtered back-projection in physical units, least squares and total variation against other solvers."""
 
 from __future__ import annotations
 

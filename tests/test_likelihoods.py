@@ -79,6 +79,6 @@ def test_post_log_form_has_the_mean_and_spread_of_counts() -> None:
         (lambda: TransmissionLikelihood(operator(), torch.rand(4), 1.0, -1.0), "background must not be negative"),
     ],
 )
-def test_refusals(make, text: str) -> None:  # noqa: ANN001
+def test_refusals(make, text: str) -> None:
     with pytest.raises(InputError, match=text):
         make()

@@ -74,7 +74,7 @@ def unmatched() -> MatrixOperator:
         (lambda p: recon.Posterior(GaussianPrior(double(5).float(), double(5).float()), problem()), "call likelihood.float"),
     ],
 )
-def test_posterior_refuses(build, text: str) -> None:  # noqa: ANN001
+def test_posterior_refuses(build, text: str) -> None:
     with pytest.raises(InputError, match=text):
         build(GaussianPrior(double(5), double(5)))
 
@@ -91,7 +91,7 @@ def test_posterior_refuses(build, text: str) -> None:  # noqa: ANN001
         ),
     ],
 )
-def test_samplers_refuse_before_any_work(sampler: MMPS, like, text: str) -> None:  # noqa: ANN001
+def test_samplers_refuse_before_any_work(sampler: MMPS, like, text: str) -> None:
     posterior = recon.Posterior(GaussianPrior(double(5), 1 + double(5)), like())
     with pytest.raises(InputError, match=text):
         recon.sample(posterior, sampler, draws=2)

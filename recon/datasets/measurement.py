@@ -150,10 +150,10 @@ def _geometry(path: Path, data: xr.Dataset) -> ParallelGeometry:
 
 
 def _image(path: Path, data: xr.Dataset) -> Space:
-    found = {}
+    found: dict[str, float] = {}
     for name in ("image_rows", "image_columns", "pixel_mm"):
         value = data.attrs.get(name)
-        if value is None or not np.isscalar(value) or not np.isfinite(float(value)) or float(value) <= 0:
+        if not isinstance(value, int | float | np.number) or not 0 < float(value) < math.inf:
             raise InputError(
                 f"{path}: attribute {name!r} must be a positive number, the grid to reconstruct on; got {value!r}"
             )

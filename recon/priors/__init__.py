@@ -4,8 +4,6 @@ from recon.priors.base import Card, Prior
 from recon.priors.gaussian import GaussianPrior
 from recon.priors.mixture import GaussianMixturePrior
 from recon.priors.network import NetworkPrior
-from recon.priors.store import load_prior
-from recon.priors.network import NetworkPrior
 from recon.priors.store import load_prior, save_prior
 
 __all__ = ["Card", "GaussianMixturePrior", "GaussianPrior", "NetworkPrior", "Prior", "load_prior", "save_prior"]

@@ -43,6 +43,7 @@ class GaussianPrior(Prior):
 
     mean: Tensor
     variances: Tensor
+    vectors: Tensor | None
 
     def __init__(
         self, mean: Tensor, covariance: Tensor, space: Space | None = None, schedule: Schedule | None = None

@@ -26,6 +26,7 @@ class GaussianMixturePrior(Prior):
 
     means: Tensor
     variances: Tensor
+    vectors: Tensor | None
     log_weights: Tensor
 
     def __init__(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -54,17 +55,20 @@ class Look:
     label: str
 
     def norm(self) -> Normalize:
+        """The limits as matplotlib wants them."""
         from matplotlib.colors import Normalize
 
         return Normalize(self.low, self.high)
 
 
-def new_figure(height: float, rows: int, cols: int, **grid: Any) -> tuple[Figure, np.ndarray]:  # noqa: ANN401
+def new_figure(
+    height: float, rows: int, cols: int, width_ratios: Sequence[float] | None = None
+) -> tuple[Figure, np.ndarray]:
     """An empty figure of the page's width and its (rows, cols) axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    return figure, figure.subplots(rows, cols, squeeze=False, **grid)
+    return figure, figure.subplots(rows, cols, squeeze=False, width_ratios=width_ratios)
 
 
 def finish(figure: Figure, alt: str, caption: str) -> Picture:

@@ -14,8 +14,8 @@ from recon.draws import Draws
 from recon.ensemble import Ensemble
 from recon.errors import InputError
 from recon.posterior import Posterior
-from recon.schedules import Grid, Karras, Schedule
 from recon.samplers.transitions import Ancestral, Transition
+from recon.schedules import Grid, Karras, Schedule
 
 Claim = Literal["exact", "consistent", "heuristic"]
 

@@ -1,9 +1,9 @@
 r"""Diffusion posterior sampling (Chung et al. 2023): the likelihood of the denoised point, differentiated through the denoiser.
 
 ``form="bayes"``: ``D_y = D + weight sigma^2 grad_z log p(y | x(D(z)))``.  It ignores the width of ``p(z0 | z)`` and so
-over-weights the data; for a Gaussian prior N(0, s^2), ``y = a x + n``, ``r = weight a^2 s^2 / sigma_y^2`` the draws have, as steps
-grow (ancestral transition), mean ``(y/a)(1 - e^-r)`` and variance ``s^2 (1 - e^-2r) / (2r)`` instead of ``(y/a) r/(1+r)`` and
-``s^2/(1+r)``.
+over-weights the data; for a Gaussian prior N(0, s^2), ``y = a x + n``, ``r = weight a^2 s^2 / sigma_y^2`` the draws have, as
+steps grow (ancestral transition), mean ``(y/a)(1 - e^-r)`` and variance ``s^2 (1 - e^-2r) / (2r)`` instead of
+``(y/a) r/(1+r)`` and ``s^2/(1+r)``.
 
 ``form="norm"``: the published rule, a displacement ``-zeta grad |y - A x(D)|`` per draw and step (algorithm 1; in
 variance-exploding coordinates divided by the scales ``1/sqrt(1 + sigma^2)`` of both levels), ``zeta = weight`` for 1000 steps

@@ -24,6 +24,7 @@ class Transition:
         return True
 
     def step(self, z: Tensor, denoised: Tensor, sigma: float, sigma_next: float, noise: Tensor | None) -> Tensor:
+        """The state at ``sigma_next``: (n, ...)."""
         raise TypeError("Transition is a contract; use Ancestral(), DDIM() or Renoise()")
 
 

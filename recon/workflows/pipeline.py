@@ -139,6 +139,7 @@ def _noise(job: Job) -> str:
     m = job.measurement
     if m.blank is not None:
         form = type(job.posterior.likelihood).__name__
-        return f"photon counts, {float(m.blank.mean()):.4g} without the object, {float(m.values.min()):.0f} at least behind it ({form})"
+        most, least = float(m.blank.mean()), float(m.values.min())
+        return f"photon counts, {most:.4g} without the object, {least:.0f} at least behind it ({form})"
     assert m.sigma is not None
     return f"Gaussian, standard deviation {float(m.sigma.mean()):.3g} of line integrals up to {float(m.values.max()):.3g}"

@@ -119,13 +119,13 @@ def _truth(definition: Any, index: int, prior: Prior) -> tuple[Tensor, Space, st
         raise InputError(f"problem.index is {index}; {slices.name} has {len(slices)} slices, numbered from 0")
     one = Slices(slices.name, slices.mu[index : index + 1], None, slices.pixel[index : index + 1])
     rows, columns = one.mu.shape[1:]
-    wanted = prior.space.shape
+    wanted = (prior.space.shape[0], prior.space.shape[1])
     if (rows, columns) != wanted:
         factor = rows // wanted[0]
         if (rows, columns) != (wanted[0] * factor, wanted[1] * factor):
             raise InputError(
-                f"{slices.name} has slices of {rows} x {columns} pixels; prior {prior.card.name!r} has {wanted[0]} x {wanted[1]}, "
-                "and only whole multiples are averaged down"
+                f"{slices.name} has slices of {rows} x {columns} pixels; prior {prior.card.name!r} has "
+                f"{wanted[0]} x {wanted[1]}, and only whole multiples are averaged down"
             )
         one = one.coarsened(factor)
         where += f", averaged {factor} x {factor}"

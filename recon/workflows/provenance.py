@@ -26,7 +26,7 @@ _PACKAGES = ("numpy", "scipy", "torch", "deepinv", "astra-toolbox", "xarray", "h
 def environment(comm: Comm) -> dict[str, Any]:
     """Versions, hosts, threads, command and start time; collective."""
     hosts = comm.draws.allgather(socket.gethostname())
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -1,6 +1,6 @@
 """Sparse-view CT on held-out real slices: posterior mean against filtered back-projection and tuned total variation.
 
-    RECON_DATA=<data folder> python tests/benchmarks/bench_sparse_view.py [--slices 20] [--draws 16] [--method mmps] [--steps 30]
+    RECON_DATA=DIR python tests/benchmarks/bench_sparse_view.py [--slices 20] [--draws 16] [--method mmps] [--steps 30]
 
 The first slices of the held-out set, one per patient while patients last, averaged 2 x 2 to 128 x 128; 60 views over 180
 degrees; Gaussian noise of 1 % of the mean line integral.  PSNR relative to each slice's own range.  The baselines are at their
@@ -118,7 +118,8 @@ def main() -> None:
     line = f"mean  {f:6.2f} {h:6.2f} {t:6.2f} {m:6.2f} {one:8.2f}      {s0:.3f} {s1:.3f} {s2:.3f}"
     sys.stdout.write(f"{line}  {chi2:8.3f} {inside:9.3f} {seconds:9.1f}\n")
     for name, gain, bar in (("FBP", m - max(f, h), 5.0), ("tuned TV", m - t, 3.0)):
-        sys.stdout.write(f"posterior mean over {name}: {gain:+.2f} dB, bar {bar:+.1f} dB: {'met' if gain >= bar else 'not met'}\n")
+        verdict = "met" if gain >= bar else "not met"
+        sys.stdout.write(f"posterior mean over {name}: {gain:+.2f} dB, bar {bar:+.1f} dB: {verdict}\n")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,6 @@ def test_each_draw_has_its_own_noise_level() -> None:
         (lambda: mixture().denoise(torch.zeros(2, 4).double(), 1.0), r"got shape \(2, 4\)"),
     ],
 )
-def test_refusals(make, text: str) -> None:  # noqa: ANN001
+def test_refusals(make, text: str) -> None:
     with pytest.raises(InputError, match=text):
         make()
