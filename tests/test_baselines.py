@@ -176,7 +176,7 @@ def lbfgs(A, y, sigma, weight, nonnegative):
         dx = torch.nn.functional.pad(x[:, :, 1:] - x[:, :, :-1], (0, 1))
         f = 0.5 * ((A.A(x) - y) / sigma).square().sum() + weight * (dy**2 + dx**2 + 1e-10).sqrt().sum()
         f.backward()
-        return float(f), x.grad.numpy().ravel()
+        return float(f.detach()), x.grad.numpy().ravel()
 
     bounds = [(0.0 if nonnegative else None, None)] * A.domain.size
     options = {"maxiter": 20000, "maxfun": 40000, "ftol": 1e-15, "gtol": 1e-10, "maxcor": 50}
@@ -185,30 +185,30 @@ def lbfgs(A, y, sigma, weight, nonnegative):
 
 
 @pytest.mark.parametrize("nonnegative", [True, False])
-@pytest.mark.parametrize("weight", [0.05, 1.0])
+@pytest.mark.parametrize("weight", [0.5, 5.0])
 def test_the_minimum_is_that_of_another_method(nonnegative, weight):
     domain = Space.grid((6, 5), 1.0, "1/m")
-    A = MatrixOperator(zoo.normal(24, 30), domain, Space.vector(24, dim="datum"))
-    truth = torch.zeros(1, 6, 5, dtype=torch.float64)
+    A = MatrixOperator(zoo.normal(45, 30), domain, Space.vector(45, dim="datum"))
+    truth = torch.full((1, 6, 5), -0.2, dtype=torch.float64)
     truth[:, 1:4, 2:] = 1.0
-    sigma = 0.2 + zoo.normal(24, step=1).abs()
-    y = A(truth) + sigma * zoo.normal(1, 24, step=2)
-    result = tv(A, y, sigma, weight, TVSolver(20000, 1e-5, nonnegative))
+    sigma = 0.2 + zoo.normal(45, step=1).abs()
+    y = A(truth) + sigma * zoo.normal(1, 45, step=2)
+    result = tv(A, y, sigma, weight, TVSolver(20000, 1e-4, nonnegative))
     reference = objective(A, lbfgs(A, y, sigma, weight, nonnegative), y, sigma, weight)
     assert bool(result.converged.all())
     assert torch.allclose(result.objective, objective(A, result.x, y, sigma, weight), rtol=1e-10)
     assert float(result.objective) == pytest.approx(float(reference), rel=1e-4)
-    assert not nonnegative or float(result.x.min()) >= 0
+    assert (float(result.x.min()) >= 0) == nonnegative
 
 
-@pytest.mark.parametrize("weight", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("weight", [0.3, 3.0])
 def test_the_stopping_rule_bounds_the_error(weight):
     A = ParallelBeam.half_turn((24, 24), 5e-3, 20).double()
     truth = torch.zeros(2, 24, 24, dtype=torch.float64)
     truth[0, 6:14, 8:20], truth[1, 4:20, 10:12] = 20.0, 5.0
     y = A(truth) + 0.05 * zoo.normal(2, *A.range.shape)
-    best = tv(A, y, 0.05, weight, TVSolver(20000, 1e-5)).objective
-    for tolerance in (1e-1, 1e-2, 1e-3):
+    best = tv(A, y, 0.05, weight, TVSolver(20000, 1e-4)).objective
+    for tolerance in (1e-2, 1e-3):
         result = tv(A, y, 0.05, weight, TVSolver(20000, tolerance))
         assert bool((result.error <= tolerance).all())
         assert bool(((result.objective - best) / best <= result.error).all())
@@ -231,10 +231,10 @@ def test_denoising_agrees_with_scikit_image():
 def test_images_converge_each_on_its_own():
     A = zoo.beam("strip", 12).double()
     y = A(zoo.normal(5, *A.domain.shape).abs()) * torch.tensor([1.0, 10.0, 0.1, 1.0, 1.0]).reshape(-1, 1, 1).double()
-    result = tv(A, y, 0.01, 0.5)
+    result = tv(A, y, 0.1, 0.5)
     assert len(set(result.iterations.tolist())) > 1
-    check_batch(lambda one: tv(A, one, 0.01, 0.5).x, y)
-    alone = tv(A, y[1:2], 0.01, 0.5)
+    check_batch(lambda one: tv(A, one, 0.1, 0.5).x, y)
+    alone = tv(A, y[1:2], 0.1, 0.5)
     assert int(alone.iterations) == int(result.iterations[1])
 
 
@@ -290,15 +290,15 @@ def noisy_phantoms():
 
 def test_tuning_finds_the_best_weight():
     A, y, truth = noisy_phantoms()
-    weights = [0.003, 0.03, 0.3, 3.0, 30.0]
-    tuned = tune_tv(A, y, truth, 0.2, weights)
+    weights, solver = [0.003, 0.03, 0.3, 3.0, 30.0], TVSolver(iterations=200)
+    tuned = tune_tv(A, y, truth, 0.2, weights, solver)
     assert list(tuned.psnr) == weights
     assert tuned.psnr[tuned.weight] == max(tuned.psnr.values())
     assert not tuned.at_edge
-    by_hand = (20 * math.log10(20.0) - 10 * (tv(A, y, 0.2, 0.3).x - truth).square().mean((1, 2)).log10()).mean()
+    by_hand = (20 * math.log10(20.0) - 10 * (tv(A, y, 0.2, 0.3, solver).x - truth).square().mean((1, 2)).log10()).mean()
     assert tuned.psnr[0.3] == pytest.approx(float(by_hand))
     assert tuned.psnr[tuned.weight] > 10 * math.log10(400 / float((fbp(A, y) - truth).square().mean())) + 3
-    assert tune_tv(A, y, truth, 0.2, [0.003, 0.03]).at_edge
+    assert tune_tv(A, y, truth, 0.2, [0.003, 0.03], solver).at_edge
 
 
 def test_tuning_refuses():

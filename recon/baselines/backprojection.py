@@ -47,15 +47,16 @@ def fbp(operator: ParallelBeam, sinogram: Tensor, filter: Filter = "ramp") -> Te
 def view_weights(angles: Sequence[float]) -> np.ndarray:
     """The angle each parallel view stands for (radians): half the way to both neighbours, modulo half a turn.
 
-    A gap of more than three ordinary ones (their median) is a missing wedge and counts as an ordinary one.
+    One gap more than twice as wide as any other is a missing wedge and counts as the median of the others.
     """
     turned = np.mod(np.asarray(angles, dtype=np.float64), math.pi)
     order = np.argsort(turned, kind="stable")
     gaps = np.diff(turned[order], append=turned[order[0]] + math.pi)  # gap after each view
     # Opposite views (theta, theta + pi) measure the same lines: rounding must not make a tiny positive gap of them.
     gaps[gaps < 1e-9] = 0.0
-    ordinary = float(np.median(gaps[gaps > 0]))
-    gaps = np.where(gaps > 3 * ordinary, ordinary, gaps)
+    ordered = np.sort(gaps[gaps > 0])
+    if len(ordered) > 1 and ordered[-1] > 2 * ordered[-2]:
+        gaps[np.argmax(gaps)] = np.median(ordered[:-1])
     weights = np.empty_like(gaps)
     weights[order] = (gaps + np.roll(gaps, 1)) / 2
     return weights

@@ -171,7 +171,10 @@ class Training:
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate()
         for index, p in enumerate(self.parameters):
-            p.grad = torch.stack([grads[index] for _, grads in parts]).sum(0) / known
+            # With the strides of the parameter: the fused optimiser pairs elements in the order of memory.
+            p.grad = torch.zeros_like(p)
+            for _, grads in parts:
+                p.grad += grads[index] / known
         torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
