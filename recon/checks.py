@@ -20,6 +20,8 @@ from torch import Tensor
 from recon.draws import Draws
 from recon.errors import CheckFailed, InputError
 from recon.operators.base import LinearOperator, Operator
+from recon.selftest import check_resume as check_resume
+from recon.selftest import check_sampler as check_sampler
 from recon.space import Space
 
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -134,8 +134,8 @@ def test_ranks_change_no_bit(finished: Path, workspace: Path, tmp_path: Path, ra
 @needs_mpi
 @pytest.mark.mpi
 def test_a_killed_rank_then_resume_on_another_number_of_ranks(workspace: Path, tmp_path: Path) -> None:
-    steps = ["--set", "sampler.steps=300"]
-    whole = pipeline.run(workspace / "w.yaml", tmp_path / "whole", ["sampler.steps=300"], workspace=workspace)
+    steps = ["--set", "sampler.steps=100"]
+    whole = pipeline.run(workspace / "w.yaml", tmp_path / "whole", ["sampler.steps=100"], workspace=workspace)
     folder = tmp_path / "killed"
     job = subprocess.Popen(
         command("run", workspace / "w.yaml", *steps, "--out", folder, "--workspace", workspace, ranks=2),
@@ -143,18 +143,18 @@ def test_a_killed_rank_then_resume_on_another_number_of_ranks(workspace: Path, t
     )  # fmt: skip
     manifest = folder / "checkpoints" / "manifest.json"
     until = time.monotonic() + 120
-    while not (manifest.exists() and json.loads(manifest.read_text())["step"] >= 20):
-        assert time.monotonic() < until and job.poll() is None, "the run never got to step 20"
+    while not (manifest.exists() and json.loads(manifest.read_text())["step"] >= 10):
+        assert time.monotonic() < until and job.poll() is None, "the run never got to step 10"
         time.sleep(0.02)
     os.kill(rank_of(job.pid), signal.SIGKILL)
     assert job.wait(timeout=60) != 0
     assert not (folder / "DONE.json").exists() and not (folder / "ensemble.nc").exists()
     step = json.loads(manifest.read_text())["step"]
-    assert 20 <= step < 300
+    assert 10 <= step < 100
     called("resume", folder, ranks=3)
     assert same_bits(whole, folder)
     assert not (folder / "checkpoints").exists() and not list(folder.glob("*.tmp"))
-    assert Ensemble.load(folder / "ensemble.nc").info["cost"]["steps"] <= 300 - step
+    assert Ensemble.load(folder / "ensemble.nc").info["cost"]["steps"] <= 100 - step
 
 
 def rank_of(launcher: int) -> int:
@@ -222,7 +222,7 @@ def test_resume_of_a_finished_run_changes_nothing(finished: Path) -> None:
         (lambda p: p.unlink(), "there is no file"),
         (lambda p: p.write_bytes(b""), "measurement file is empty"),
         (lambda p: p.write_bytes(p.read_bytes()[:5000]), "not a readable NetCDF-4 file"),
-        (lambda p: edit(p, lambda d: d.assign(counts=d.counts.where(d.counts > 1e3))), r"holds \d+ of \d+ values that are NaN"),
+        (lambda p: edit(p, lambda d: d.where(d.counts > d.counts.mean()).assign(d[["blank"]])), r"holds \d+ of \d+ values that are NaN"),
         (lambda p: edit(p, lambda d: d.drop_vars("blank")), "needs the variable 'blank'"),
         (lambda p: edit(p, lambda d: d.drop_vars("counts")), "expected one variable, sinogram or counts"),
         (lambda p: edit(p, lambda d: d.assign_coords(angle=d.angle.assign_attrs(units="turns"))), "needs units.*'turns'"),
