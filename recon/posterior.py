@@ -56,6 +56,11 @@ class Posterior:
         with self._lock:
             self.evaluations[what] += n
 
+    def count_normal(self, n: int) -> None:
+        """Note one use of ``A`` and ``A^T`` each for ``n`` draws, as a solver reports it."""
+        self.count("forward", n)
+        self.count("adjoint", n)
+
     def denoise(self, z: Tensor, sigma: float) -> Tensor:
         """``D(z; sigma)`` without a graph, counted: (n, *latent.shape)."""
         self.count("denoiser", len(z))

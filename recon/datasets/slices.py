@@ -137,7 +137,7 @@ def load_slices(card: SliceCard, part: Part) -> Slices:
 def read_dicom(path: Path) -> Slices:
     """The slice in a DICOM file: rescaled to HU by its own slope and intercept, then to attenuation.
 
-    Raises InputError when the file is not a CT image or has no pixel spacing.
+    Raises InputError when the file is not one CT slice, or does not state its pixels' size and scale.
     """
     pydicom: Any = need("pydicom", "dicom")
     try:
@@ -146,8 +146,11 @@ def read_dicom(path: Path) -> Slices:
         raise InputError(f"{path} could not be read as DICOM: {error}") from error
     if image.get("Modality") != "CT" or "PixelData" not in image:
         raise InputError(f"{path} is not a CT image; its modality is {image.get('Modality')!r}")
-    if "PixelSpacing" not in image or image.PixelSpacing[0] != image.PixelSpacing[1]:
-        raise InputError(f"{path} needs square pixels; its pixel spacing is {image.get('PixelSpacing')}")
+    lacking = [key for key in ("PixelSpacing", "RescaleSlope", "RescaleIntercept") if key not in image]
+    if lacking or image.PixelSpacing[0] != image.PixelSpacing[1] or image.pixel_array.ndim != 2:
+        raise InputError(
+            f"{path} is not one slice in HU with square pixels; it lacks {', '.join(lacking) or 'that shape'}"
+        )
     hu = image.pixel_array * float(image.RescaleSlope) + float(image.RescaleIntercept)
     return Slices(path.stem, attenuation(hu)[None], None, np.array([float(image.PixelSpacing[0]) * 1e-3]))
 

@@ -119,17 +119,27 @@ class LinearOperator(Operator):
         return self.A_adjoint(self.A(x))
 
     def solve(
-        self, b: Tensor, c: float, weight: Tensor | None = None, x0: Tensor | None = None, cg: CG | None = None
+        self,
+        b: Tensor,
+        c: float,
+        weight: Tensor | None = None,
+        x0: Tensor | None = None,
+        cg: CG | None = None,
+        watch: Callable[[int], None] | None = None,
     ) -> Tensor:
         """``(A^T W A + c I)^{-1} b``.
 
         b, x0: (n, *domain.shape).  c > 0.  weight: diagonal of ``W``, *range.shape; None for the identity.  Overridden where a
-        closed form exists.  Raises InputError for ``c <= 0`` (the system may be singular).
+        closed form exists.  watch: told the batch size at each use of ``A`` and ``A^T``.
+
+        Raises InputError for ``c <= 0`` (the system may be singular).
         """
         if not c > 0:
             raise InputError(f"solve needs c > 0 so that A^T W A + c I is positive definite; got {c}")
 
         def matvec(x: Tensor) -> Tensor:
+            if watch is not None:
+                watch(len(x))
             if weight is None:
                 return self.normal(x) + c * x
             return self.A_adjoint(weight * self.A(x)) + c * x

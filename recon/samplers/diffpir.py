@@ -53,5 +53,6 @@ class DiffPIR(GuidedSampler):
         pull = self.lam / (float(prior.scale) * sigma) ** 2
         # Solved for the correction x^ - x_D: right-hand side A^T S^-1 (y - A x_D), started at zero.
         residual = weight * (likelihood.y - posterior.forward(start))
-        correction = operator.solve(posterior.adjoint(operator, residual), pull, weight, cg=self.cg)
+        back = posterior.adjoint(operator, residual)
+        correction = operator.solve(back, pull, weight, cg=self.cg, watch=posterior.count_normal)
         return prior.encode(start + correction)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
 from recon.datasets.augment import Cut, Cutter
@@ -132,6 +133,11 @@ def test_a_dicom_slice_is_read_with_its_own_scale():
 def test_what_is_no_ct_slice_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"MR_small.dcm is not a CT image; its modality is 'MR'"):
         read_dicom(Path(get_testdata_file("MR_small.dcm", download=False)))
+    image = dcmread(get_testdata_file("CT_small.dcm", download=False))
+    del image.RescaleSlope
+    image.save_as(tmp_path / "bare.dcm")
+    with pytest.raises(InputError, match=r"bare.dcm is not one slice in HU .* it lacks RescaleSlope"):
+        read_dicom(tmp_path / "bare.dcm")
     (tmp_path / "text.dcm").write_text("no image")
     with pytest.raises(InputError, match=r"text.dcm could not be read as DICOM"):
         read_dicom(tmp_path / "text.dcm")
