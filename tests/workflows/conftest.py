@@ -23,6 +23,7 @@ sampler: {method: mmps, steps: 12}
 draws: 7
 block: 2
 seed: 5
+baselines: [fbp]
 checkpoint_every: 0.001
 """
 
