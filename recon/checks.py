@@ -106,7 +106,7 @@ def check_batch(
     n = len(given[0])
     if n < 3 or any(len(one) != n for one in given):
         raise InputError(f"check_batch needs at least 3 draws in every input; got {[len(one) for one in given]}")
-    name = getattr(function, "__qualname__", type(function).__name__)
+    name = _name(function)
 
     def rows(members: list[int]) -> list[Tensor]:
         out = function(*(one[members] for one in given))
@@ -179,8 +179,15 @@ def _norm(a: Tensor) -> Tensor:
 
 def _largest(difference: Tensor, size: Tensor) -> float:
     """The largest ratio; nothing against nothing is no difference, something against nothing (or NaN) is infinite."""
-    ratio = torch.where(difference == 0, 0.0, difference / size).nan_to_num(nan=math.inf)
+    ratio = torch.where(difference == 0, 0.0, difference / size).nan_to_num(nan=math.inf, posinf=math.inf)
     return float(ratio.max())
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """``Class.method`` of the object a method is bound to (not of the class that wrote it), else the name."""
+    if (owner := getattr(function, "__self__", None)) is not None:
+        return f"{type(owner).__name__}.{getattr(function, '__name__', '')}"
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _judge(who: Operator | str, what: str, figure: float, limit: float) -> float:
@@ -195,9 +202,7 @@ def _backward(function: Callable[[Tensor], Tensor], at: Tensor, v: Tensor) -> Te
         point = at.detach().requires_grad_()
         out = function(point)
         if not out.requires_grad:
-            raise CheckFailed(
-                f"{getattr(function, '__qualname__', function)} cuts the graph: its answer has no gradient"
-            )
+            raise CheckFailed(f"{_name(function)} cuts the graph: its answer has no gradient")
         return torch.autograd.grad(out, point, v)[0].detach()
 
 

@@ -54,7 +54,7 @@ class Draws:
         """Uniform numbers ``first .. first + count`` of each draw, in (0, 1): (n, count), odd multiples of 2^-33."""
         start, skip = divmod(first, 2 * _WORDS_PER_BLOCK)
         need = math.ceil((skip + count) / (2 * _WORDS_PER_BLOCK))
-        if need > _MANY_BLOCKS:
+        if need > _MANY_BLOCKS and self.members:
             words = np.stack([self._stream(m, start, step, stream, need) for m in self.members])
         else:
             # Thousands of short streams: all keys at once.
@@ -63,7 +63,7 @@ class Draws:
             same = np.zeros_like(places)
             keys = (same + np.uint64(self.seed), same + members)
             words = philox.words(keys, (places + np.uint64(1), same, same + np.uint64(step), same + _STREAMS[stream]))
-        return (words.reshape(len(self), -1).view("<u4")[:, skip : skip + count] + 0.5) * 2.0**-32
+        return (words.reshape(len(self), need * _WORDS_PER_BLOCK).view("<u4")[:, skip : skip + count] + 0.5) * 2.0**-32
 
     def _stream(self, member: int, start: int, step: int, stream: Stream, need: int) -> np.ndarray:
         """``need`` blocks of words of one draw, from numpy's generator (which steps its counter before it is used)."""
@@ -96,7 +96,7 @@ class Draws:
         pairs = math.ceil((first + count - start) / 2)
         u = self._uniform32(step, stream, start, 2 * pairs)
         radius, angle = np.sqrt(-2.0 * np.log(u[:, 0::2])), 2.0 * np.pi * u[:, 1::2]
-        both = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2).reshape(len(self), -1)
+        both = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2).reshape(len(self), 2 * pairs)
         wanted = both[:, first - start : first - start + count]
         return torch.from_numpy(wanted).to(dtype).reshape(len(self), *shape)
 

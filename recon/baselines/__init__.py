@@ -6,7 +6,7 @@ measurement on its own: neither the batch it travels in nor a neighbour's conver
 
 from recon.baselines.backprojection import fbp
 from recon.baselines.least_squares import cgls
-from recon.baselines.total_variation import TVResult, TVSolver, total_variation, tv
 from recon.baselines.tuning import TunedTV, tune_tv
+from recon.baselines.variation import TVResult, TVSolver, total_variation, tv
 
 __all__ = ["TVResult", "TVSolver", "TunedTV", "cgls", "fbp", "total_variation", "tune_tv", "tv"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from recon.baselines.total_variation import TVSolver, tv
+from recon.baselines.variation import TVSolver, tv
 from recon.errors import InputError
 from recon.operators.base import LinearOperator
 
