@@ -43,7 +43,7 @@ def _measured(operator: Operator, values: Tensor, what: str) -> Tensor:
         bad = int((~torch.isfinite(values)).sum())
         raise InputError(
             f"{what} holds {bad} of {values.numel()} values that are NaN or infinite; "
-            "mask them out of the operator or give them a large sigma and a finite value"
+            "leave them out of the operator and of the data"
         )
     return values
 

@@ -18,7 +18,7 @@ from recon.errors import CheckFailed, InputError, Stopped
 from recon.likelihoods import GaussianLikelihood
 from recon.operators.base import LinearOperator
 from recon.operators.matrix import MatrixOperator
-from recon.posterior import Posterior
+from recon.posterior import Posterior, dense
 from recon.priors.gaussian import GaussianPrior
 from recon.samplers.base import GuidedSampler, Sampler, State
 from recon.samplers.loop import sample
@@ -85,7 +85,7 @@ def gaussian_problem(operator: LinearOperator | None = None, snr: float = 10.0, 
         )
     ones = torch.ones(space.size, dtype=torch.float64)
     prior = GaussianPrior(0 * ones, ones, space)
-    matrix = MatrixOperator(_matrix(operator), space, operator.range)
+    matrix = MatrixOperator(dense(operator).double(), space, operator.range)
     sigma = float(torch.linalg.matrix_norm(matrix.matrix, 2)) / math.sqrt(snr)
     truth = keyed.normal(1, space.shape, "probe", dtype=torch.float64)
     y = matrix.A(truth) + sigma * keyed.normal(2, operator.range.shape, "probe", dtype=torch.float64)
@@ -131,12 +131,6 @@ class _Kept:
         if done == self.stop and not self.tensors:
             self.tensors = {b: {k: v.clone() for k, v in s.tensors().items()} for b, s in states.items()}
             raise Stopped(f"stopped at step {done}")
-
-
-def _matrix(operator: LinearOperator) -> torch.Tensor:
-    from recon.posterior import dense
-
-    return dense(operator).double()
 
 
 def _bias_limit(components: int, draws: int) -> float:

@@ -10,7 +10,7 @@ from recon.likelihoods import GaussianLikelihood
 from recon.workflows.problem import Job
 from recon.workflows.schema import Workflow
 
-_WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the TV term, in metres times the inverse pixel in mm
+_WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the TV term, m (per unit of attenuation)
 _SOLVER = TVSolver(iterations=600, tolerance=3e-2)
 
 
