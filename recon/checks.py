@@ -2,7 +2,8 @@
 
 Each returns the figure it measured and raises ``recon.errors.CheckFailed``, with the figure in the text, when a promise does
 not hold.  Figures are relative, so they mean the same for any unit; inner products and norms are taken in double precision
-whatever the precision of the object.  Probes are fixed normal numbers (stream "probe" of seed 0): a failure repeats.
+whatever the precision of the object; complex values count as pairs of real ones.  Probes are fixed normal numbers (stream
+"probe" of seed 0): a failure repeats.
 Limits, unless given: 1e-10 where the object computes in float64, 1e-5 in float32.
 """
 
@@ -50,7 +51,7 @@ def check_linear(A: Operator, tolerance: float | None = None) -> float:
     a, b = 1.75, -0.625
     one, two = a * A.A(u), b * A.A(v)
     left = A.A(a * u + b * v)
-    figure = _largest(_norm((left.double() - one.double() - two.double()).detach()), _norm(one) + _norm(two))
+    figure = _largest(_norm(_double(left) - _double(one) - _double(two)), _norm(one) + _norm(two))
     return _judge(A, "linearity |A(au+bv) - aAu - bAv| / (|aAu| + |bAv|)", figure, _limit(tolerance, _dtype(A)))
 
 
@@ -60,8 +61,8 @@ def check_normal(A: LinearOperator, tolerance: float | None = None) -> float:
     Raises CheckFailed above ``tolerance``.
     """
     x = _probe(A, A.domain, 0)
-    expected = A.A_adjoint(A.A(x)).detach().double()
-    figure = _largest(_norm(A.normal(x).detach().double() - expected), _norm(expected))
+    expected = _double(A.A_adjoint(A.A(x)))
+    figure = _largest(_norm(_double(A.normal(x)) - expected), _norm(expected))
     return _judge(A, "normal(x) against A_adjoint(A(x))", figure, _limit(tolerance, _dtype(A)))
 
 
@@ -75,13 +76,14 @@ def check_gradient(A: Operator, x: Tensor | None = None, tolerance: float | None
     Returns the first figure.  Raises CheckFailed above ``tolerance``.
     """
     x = _probe(A, A.domain, 0) if x is None else x
-    count, dtype = len(x), x.dtype
-    d, w = _probe(A, A.domain, 2, count).to(x), _probe(A, A.range, 3, count).to(x)
+    count, dtype = len(x), x.dtype.to_real()
+    d, w = (_probe(A, space, step, count).to(x.device) for step, space in ((2, A.domain), (3, A.range)))
+    d, w = d.to(x.dtype), w.to(dtype.to_complex() if A.range.complex else dtype)
     claimed = A.vjp(x, w).detach()
     figure = math.inf
     for power in range(1, 1 + round(-math.log10(torch.finfo(dtype).eps) / 2)):
         h = 10.0**-power
-        D = (A.A(x + h * d) - A.A(x - h * d)).detach().double() / (2 * h)
+        D = (_double(A.A(x + h * d)) - _double(A.A(x - h * d))) / (2 * h)
         figure = min(figure, _largest((_inner(D, w) - _inner(d, claimed)).abs(), _norm(D) * _norm(w)))
     limit = tolerance if tolerance is not None else _DIFFERENCE.get(dtype, 1e-2)
     _judge(A, "vjp against central differences", figure, limit)
@@ -123,9 +125,9 @@ def check_batch(
     figure = 0.0
     for members in (list(range(n)), half):
         for reference, part in zip(alone, rows(members), strict=True):
-            expected = reference[members].double()
-            figure = max(figure, _largest(_norm(part.double() - expected), _norm(expected)))
-    floats = [part.dtype for part in alone if part.is_floating_point()]
+            expected = _double(reference[members])
+            figure = max(figure, _largest(_norm(_double(part) - expected), _norm(expected)))
+    floats = [part.dtype.to_real() for part in alone if part.is_floating_point() or part.is_complex()]
     limit = max((_limit(tolerance, dtype) for dtype in floats), default=tolerance or 0.0)
     return _judge(name, "a draw alone against the same draw in company", figure, limit)
 
@@ -138,7 +140,7 @@ def check_pickle(thing: Any, x: Tensor, call: Callable[[Any, Tensor], Tensor] | 
     """
     name = type(thing).__name__
     run = call or (lambda one, at: one(at))
-    expected = run(thing, x).detach().double()
+    expected = _double(run(thing, x))
     figure = 0.0
     copies: dict[str, Callable[[Any], Any]] = {"pickle": _pickled, "deepcopy": copy.deepcopy}
     for how, again in copies.items():
@@ -146,7 +148,7 @@ def check_pickle(thing: Any, x: Tensor, call: Callable[[Any, Tensor], Tensor] | 
             twin = again(thing)
         except Exception as error:
             raise CheckFailed(f"{name}: {how} failed ({type(error).__name__}: {error})") from error
-        difference = _norm((run(twin, x).detach().double() - expected)[None])
+        difference = _norm((_double(run(twin, x)) - expected)[None])
         figure = max(figure, _largest(difference, _norm(expected[None])))
     return _judge(name, "a copy against the original", figure, _limit(None, x.dtype))
 
@@ -162,19 +164,26 @@ def _dtype(A: Operator) -> torch.dtype:
 
 def _probe(A: Operator, space: Space, step: int, count: int = _PROBES) -> Tensor:
     device = next((one.device for one in (*A.parameters(), *A.buffers())), torch.device("cpu"))
-    return Draws(0, range(count)).normal(step, space.shape, "probe", dtype=_dtype(A)).to(device)
+    dtype = _dtype(A).to_complex() if space.complex else _dtype(A)
+    return Draws(0, range(count)).normal(step, space.shape, "probe", dtype=dtype).to(device)
 
 
 def _limit(tolerance: float | None, dtype: torch.dtype) -> float:
-    return tolerance if tolerance is not None else _ROUNDING.get(dtype, 1e-2)
+    return tolerance if tolerance is not None else _ROUNDING.get(dtype.to_real(), 1e-2)
+
+
+def _double(a: Tensor) -> Tensor:
+    """Real numbers in double precision, (n, values): complex ones as their parts."""
+    a = a.detach()
+    return (torch.view_as_real(a) if a.is_complex() else a).double().reshape(len(a), -1)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() * b.double()).flatten(1).sum(1)
+    return (_double(a) * _double(b)).sum(1)
 
 
 def _norm(a: Tensor) -> Tensor:
-    return a.detach().double().reshape(len(a), -1).square().sum(1).sqrt()
+    return _double(a).square().sum(1).sqrt()
 
 
 def _largest(difference: Tensor, size: Tensor) -> float:
@@ -207,5 +216,5 @@ def _backward(function: Callable[[Tensor], Tensor], at: Tensor, v: Tensor) -> Te
 
 
 def _same(A: Operator, what: str, got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    figure = _largest(_norm(got.double() - expected.double()), _norm(expected))
+    figure = _largest(_norm(_double(got) - _double(expected)), _norm(expected))
     _judge(A, what, figure, _limit(None, dtype))

@@ -89,8 +89,12 @@ class Draws:
     ) -> Tensor:
         """Standard normal numbers (len(members), *shape), the ones at flat positions ``first, first + 1, ...`` of a draw.
 
-        ``first`` lets the owner of a slab or tile generate only its part.
+        ``first`` lets the owner of a slab or tile generate only its part.  A complex ``dtype`` gives numbers whose real and
+        imaginary parts are standard normal each: complex number ``p`` is made of the real numbers ``2 p`` and ``2 p + 1``.
         """
+        if dtype.is_complex:
+            parts = self.normal(step, (*shape, 2), stream, dtype=dtype.to_real(), first=2 * first)
+            return torch.view_as_complex(parts)
         count = math.prod(shape)
         start = first - first % 2
         pairs = math.ceil((first + count - start) / 2)

@@ -1,7 +1,8 @@
 r"""log p(y | x) per draw: an operator, a measurement and its noise.
 
 One convention everywhere: ``log p(y | x) = -1/2 |(y - A x) / sigma|^2 + const`` with the constant included, one number per
-draw, never a sum or norm over draws.
+draw, never a sum or norm over draws.  Complex data (k-space) count as pairs of real ones: ``sigma`` is the standard deviation
+of the real and of the imaginary part each, and there are ``m = 2 n`` of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from recon.errors import InputError
 from recon.operators.base import LinearOperator, Operator
+from recon.operators.cg import dot
 
 
 class Likelihood(nn.Module):
@@ -35,6 +37,9 @@ class Likelihood(nn.Module):
 
 def _measured(operator: Operator, values: Tensor, what: str) -> Tensor:
     values = torch.as_tensor(values)
+    if values.is_complex() != operator.range.complex:
+        kind = "complex" if operator.range.complex else "real"
+        raise InputError(f"{what} must be {kind}, as {operator.range.describe()} is; got {values.dtype}")
     if tuple(values.shape) != operator.range.shape:
         raise InputError(
             f"{what} must have the shape of the operator's range {operator.range.describe()}; got {tuple(values.shape)}"
@@ -51,26 +56,33 @@ def _measured(operator: Operator, values: Tensor, what: str) -> Tensor:
 class GaussianLikelihood(Likelihood):
     """``y = A(x) + sigma n``: ``log p = -1/2 |(y - A x)/sigma|^2 - sum log sigma - m/2 log 2 pi``.
 
-    y: *range.shape, in units of the range.  sigma: standard deviation in the same units, one number or one per datum.
+    y: *range.shape, in units of the range; complex where the range is.  sigma: standard deviation in the same units, one
+    number or one per datum; of a complex datum, that of each of its two parts.
     Raises InputError for shapes that do not fit, non-finite data, or sigma <= 0.
     """
 
-    y: Tensor
+    measured: Tensor
     sigma: Tensor
 
     def __init__(self, operator: Operator, y: Tensor, sigma: float | Tensor) -> None:
         super().__init__()
         self.operator = operator
         y = _measured(operator, y, "the measurement y")
-        sigma = torch.as_tensor(sigma, dtype=y.dtype)
+        sigma = torch.as_tensor(sigma, dtype=y.dtype.to_real())
         if sigma.ndim and tuple(sigma.shape) != operator.range.shape:
             raise InputError(
                 f"sigma must be one number or one per datum {operator.range.describe()}; got {tuple(sigma.shape)}"
             )
         if not bool((sigma > 0).all()) or not bool(torch.isfinite(sigma).all()):
             raise InputError("sigma, the standard deviation of the noise, must be positive and finite everywhere")
-        self.register_buffer("y", y)
+        # As parts: conversions of a module to another floating type would drop the imaginary one of a complex buffer.
+        self.register_buffer("measured", torch.view_as_real(y) if y.is_complex() else y)
         self.register_buffer("sigma", sigma)
+
+    @property
+    def y(self) -> Tensor:
+        """The measurement: *range.shape."""
+        return torch.view_as_complex(self.measured) if self.operator.range.complex else self.measured
 
     def residual(self, x: Tensor) -> Tensor:
         """``y - A(x)``: (n, *domain.shape) -> (n, *range.shape), in units of the range."""
@@ -79,8 +91,9 @@ class GaussianLikelihood(Likelihood):
     def log_prob(self, x: Tensor) -> Tensor:
         whitened = self.residual(x) / self.sigma
         sigma = self.sigma.expand(self.operator.range.shape)
-        constant = sigma.log().sum() + 0.5 * self.operator.range.size * math.log(2 * math.pi)
-        return -0.5 * whitened.square().flatten(1).sum(1) - constant
+        parts = 2 if self.operator.range.complex else 1
+        constant = parts * (sigma.log().sum() + 0.5 * self.operator.range.size * math.log(2 * math.pi))
+        return -0.5 * dot(whitened, whitened) - constant
 
     def simulate(self, x: Tensor, normal: Tensor) -> Tensor:
         return self.operator.A(x) + self.sigma * normal
@@ -164,5 +177,3 @@ class TransmissionLikelihood(Likelihood):
         count = self.counts + 0.5
         signal = (count - self.background).clamp(min=1.0)
         return GaussianLikelihood(self.operator, torch.log(self.blank / signal), count.sqrt() / signal)
-
-

@@ -103,8 +103,8 @@ class Posterior:
         gaussian = self.likelihood.gaussian()
         operator = gaussian.linear("Posterior.exact")
         matrix = dense(operator).double()
-        noise = gaussian.sigma.double().expand(operator.range.shape).reshape(-1) ** 2
-        y = gaussian.y.double().reshape(-1)
+        noise = _parts(gaussian.sigma.double().expand(operator.range.shape) ** 2, operator.range)
+        y = gaussian.measured.double().reshape(-1)
         prior = self.prior
         if isinstance(prior, GaussianPrior):
             mean, covariance, _ = _condition(prior.mean.double(), prior.covariance().double(), matrix, noise, y)
@@ -118,16 +118,29 @@ class Posterior:
             weights = torch.softmax(log_weights, 0).clamp(min=1e-300)
             means, covariances = torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts])
             return GaussianMixturePrior(means, covariances, weights / weights.sum(), self.space)
-        raise InputError(f"prior {prior.card.name!r} has no closed-form posterior; only Gaussians and their mixtures do")
+        raise InputError(
+            f"prior {prior.card.name!r} has no closed-form posterior; only Gaussians and their mixtures do"
+        )
 
 
 def dense(operator: LinearOperator) -> Tensor:
-    """The matrix (range.size, domain.size) of a small linear operator, column by column."""
+    """The matrix (range.size, domain.size) of a small linear operator, column by column.
+
+    A complex datum gives two rows, those of its real and imaginary parts.
+    """
     eye = torch.eye(operator.domain.size, dtype=operator.dtype, device=operator.device)
-    return operator.A(eye.reshape(-1, *operator.domain.shape)).flatten(1).T
+    columns = operator.A(eye.reshape(-1, *operator.domain.shape))
+    return (torch.view_as_real(columns) if columns.is_complex() else columns).flatten(1).T
 
 
-def _condition(mean: Tensor, covariance: Tensor, matrix: Tensor, noise: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(values: Tensor, space: Space) -> Tensor:
+    """One real number per datum as the list of those of its parts."""
+    return values.reshape(-1).repeat_interleave(2 if space.complex else 1)
+
+
+def _condition(
+    mean: Tensor, covariance: Tensor, matrix: Tensor, noise: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Posterior mean, covariance and log evidence of one Gaussian."""
     cross = covariance @ matrix.T
     total = matrix @ cross + torch.diag(noise)

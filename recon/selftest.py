@@ -60,16 +60,22 @@ def check_sampler(
     x = ensemble.x.double().flatten(1)
     bias = float(((x.mean(0) - mean) / variance.sqrt()).abs().max())
     ratio = float((x.var(0) / variance).mean())
-    figures = SamplerFigures(bias, _bias_limit(len(mean), draws), ratio, _limits(sampler, posterior, covariance, draws), draws)
+    figures = SamplerFigures(
+        bias, _bias_limit(len(mean), draws), ratio, _limits(sampler, posterior, covariance, draws), draws
+    )
     name = f"{type(sampler).__name__} on {posterior.likelihood.operator.describe()}"
     if not bool(torch.isfinite(x).all()):
         raise CheckFailed(f"{name}: draws are not finite")
     if sampler.claim == "exact":
         if bias > figures.bias_limit:
-            raise CheckFailed(f"{name} claims to be exact: mean off by {bias:.3f} posterior sd, limit {figures.bias_limit:.3f}")
+            raise CheckFailed(
+                f"{name} claims to be exact: mean off by {bias:.3f} posterior sd, limit {figures.bias_limit:.3f}"
+            )
         low, high = figures.variance_limits
         if not low <= ratio <= high:
-            raise CheckFailed(f"{name} claims to be exact: variance {ratio:.3f} of the exact one, limits {low:.3f}, {high:.3f}")
+            raise CheckFailed(
+                f"{name} claims to be exact: variance {ratio:.3f} of the exact one, limits {low:.3f}, {high:.3f}"
+            )
     return figures
 
 
@@ -85,10 +91,11 @@ def gaussian_problem(operator: LinearOperator | None = None, snr: float = 10.0, 
         )
     ones = torch.ones(space.size, dtype=torch.float64)
     prior = GaussianPrior(0 * ones, ones, space)
-    matrix = MatrixOperator(dense(operator).double(), space, operator.range)
+    # Complex data become two real rows each: the same posterior.
+    matrix = MatrixOperator(dense(operator).double(), space, None if operator.range.complex else operator.range)
     sigma = float(torch.linalg.matrix_norm(matrix.matrix, 2)) / math.sqrt(snr)
     truth = keyed.normal(1, space.shape, "probe", dtype=torch.float64)
-    y = matrix.A(truth) + sigma * keyed.normal(2, operator.range.shape, "probe", dtype=torch.float64)
+    y = matrix.A(truth) + sigma * keyed.normal(2, matrix.range.shape, "probe", dtype=torch.float64)
     return Posterior(prior, GaussianLikelihood(matrix, y[0], sigma))
 
 

@@ -7,7 +7,7 @@ Lengths are metres and angles radians inside recon; conversions happen where fil
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,7 @@ class Space:
 
     dims: names of the axes, e.g. ("y", "x").  shape: their lengths.  coords: per axis, positions (metres, radians,
     degrees for lat/lon) or names; an axis without coordinates is only counted.  unit: of the values ("1/m", "K", "1").
+    complex: whether the values are complex numbers; only what is measured is (k-space), never what a prior describes.
 
     Raises InputError when names, lengths and coordinates do not agree.
     """
@@ -31,6 +32,7 @@ class Space:
     shape: tuple[int, ...]
     coords: Mapping[str, Coordinate] = field(default_factory=dict)
     unit: str = "1"
+    complex: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dims", tuple(self.dims))
@@ -57,12 +59,21 @@ class Space:
         return cls((dim,), (n,), {}, unit)
 
     @classmethod
-    def grid(cls, shape: tuple[int, int], pixel: float, unit: str) -> Space:
-        """A centred image (y, x) with square pixels of side ``pixel`` metres; y falls from the first row to the last."""
-        ny, nx = shape
-        y = ((ny - 1) / 2 - np.arange(ny)) * pixel
-        x = (np.arange(nx) - (nx - 1) / 2) * pixel
-        return cls(("y", "x"), (ny, nx), {"y": y, "x": x}, unit)
+    def grid(cls, shape: Sequence[int], pixel: float | Sequence[float], unit: str) -> Space:
+        """A centred image (y, x) or volume (z, y, x).
+
+        pixel: side of a pixel in metres, one number or one per axis.  y falls from the first row to the last, x and z grow.
+        Raises InputError for another number of axes or sides.
+        """
+        dims = ("z", "y", "x")[-len(shape) :]
+        sides = tuple(pixel) if isinstance(pixel, Sequence) else (pixel,) * len(shape)
+        if len(shape) not in (2, 3) or len(sides) != len(shape):
+            raise InputError(f"a grid is (y, x) or (z, y, x), with one side or one per axis; got {shape} and {pixel}")
+        coords = {}
+        for dim, n, side in zip(dims, shape, sides, strict=True):
+            centred = (np.arange(n) - (n - 1) / 2) * side
+            coords[dim] = -centred if dim == "y" else centred
+        return cls(dims, tuple(shape), coords, unit)
 
     @property
     def size(self) -> int:
@@ -86,6 +97,8 @@ class Space:
             return f"{self.describe()} against {other.describe()}"
         if self.unit != other.unit:
             return f"unit {self.unit!r} against {other.unit!r}"
+        if self.complex != other.complex:
+            return f"{'complex' if self.complex else 'real'} against {'complex' if other.complex else 'real'} values"
         for name in self.coords.keys() & other.coords.keys():
             ours, theirs = self.coords[name], other.coords[name]
             if isinstance(ours, tuple) or isinstance(theirs, tuple):
@@ -98,9 +111,9 @@ class Space:
         return None
 
     def describe(self) -> str:
-        """``(y=128, x=128) [1/m]``."""
+        """``(y=128, x=128) [1/m]``; ``(coil=8, ky=128, kx=128) [1, complex]``."""
         axes = ", ".join(f"{d}={n}" for d, n in zip(self.dims, self.shape, strict=True))
-        return f"({axes}) [{self.unit}]"
+        return f"({axes}) [{self.unit}{', complex' if self.complex else ''}]"
 
     def require(self, shape: tuple[int, ...], what: str) -> tuple[int, ...]:
         """Check that ``shape`` ends with this space's shape and return the batch part in front of it.

@@ -123,6 +123,13 @@ def test_single_precision_rounds_the_same_numbers():
     assert torch.equal(draws.normal(0, (50,)), draws.normal(0, (50,), dtype=torch.float64).float())
 
 
+def test_complex_numbers_are_pairs_of_the_real_ones():
+    real = Draws(5, [3, 4]).normal(2, (10,), dtype=torch.float64)
+    assert torch.equal(torch.view_as_real(Draws(5, [3, 4]).normal(2, (5,), dtype=torch.complex128)).flatten(1), real)
+    part = Draws(5, [3]).normal(2, (2,), dtype=torch.complex128, first=3)
+    assert torch.equal(torch.view_as_real(part).flatten(), real[0, 6:])
+
+
 def test_every_part_of_the_key_matters():
     def numbers(seed=1, member=2, case=3, step=4, stream="step"):
         return tuple(Draws(seed, [member], case).normal(step, (4,), stream)[0].tolist())

@@ -102,3 +102,19 @@ def test_require_gives_the_batch():
 def test_require_refuses_by_name(shape):
     with pytest.raises(InputError, match=r"A takes arrays \(\*batch, \(y=3, x=4\) \[K\]\); got shape \("):
         space().require(shape, "A")
+
+
+def test_a_volume_has_its_own_voxels() -> None:
+    space = Space.grid((2, 3, 4), (2e-3, 1e-3, 1e-3), "1/m")
+    assert space.dims == ("z", "y", "x") and space.shape == (2, 3, 4)
+    assert space.coords["z"].tolist() == [-1e-3, 1e-3] and space.coords["y"].tolist() == [1e-3, 0.0, -1e-3]
+    with pytest.raises(InputError, match="one side or one per axis"):
+        Space.grid((2, 3, 4), (1e-3, 1e-3), "1/m")
+    with pytest.raises(InputError, match="a grid is"):
+        Space.grid((4,), 1e-3, "1/m")
+
+
+def test_complex_values_are_another_space() -> None:
+    real, other = Space.vector(3), Space(("component",), (3,), {}, "1", complex=True)
+    assert real.mismatch(other) == "real against complex values" and other.mismatch(other) is None
+    assert other.describe() == "(component=3) [1, complex]"

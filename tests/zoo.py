@@ -33,6 +33,10 @@ def image_matrix() -> MatrixOperator:
     return MatrixOperator(normal(8, 12, step=3, dtype=torch.float32), domain, range_)
 
 
+def complex_matrix() -> MatrixOperator:
+    return MatrixOperator(torch.complex(normal(5, 7, dtype=torch.float32), normal(5, 7, step=1, dtype=torch.float32)))
+
+
 def beam(projector: str = "line", views: int = 5) -> ParallelBeam:
     return ParallelBeam.half_turn((9, 8), 2e-3, views, projector=projector)  # type: ignore[arg-type]
 
@@ -58,6 +62,8 @@ def composed() -> LinearOperator:
 OPERATORS: dict[str, Callable[[], Operator]] = {
     "matrix": matrix,
     "matrix_of_images": image_matrix,
+    "matrix_complex": complex_matrix,
+    "matrix_complex_transposed": lambda: complex_matrix().H,
     "parallel_beam_line": beam,
     "parallel_beam_strip": lambda: beam("strip"),
     "parallel_beam_linear": lambda: beam("linear"),
@@ -97,7 +103,13 @@ def _subclasses(base: type[Operator]) -> Iterator[type[Operator]]:
 
 
 def dense(operator: LinearOperator) -> torch.Tensor:
-    """The matrix of a small linear operator: (range.size, domain.size)."""
+    """The matrix of a small linear operator: (range.size, domain.size), complex numbers as pairs of real ones.
+
+    Parts of the domain's numbers come one after the other (all real, all imaginary), those of the range's side by side.
+    """
     n = operator.domain.size
     unit = torch.eye(n, dtype=operator.dtype).reshape(n, *operator.domain.shape)
-    return operator.A(unit).reshape(n, -1).T
+    if operator.domain.complex:
+        unit = torch.cat([unit, 1j * unit])
+    columns = operator.A(unit)
+    return (torch.view_as_real(columns) if columns.is_complex() else columns).flatten(1).T

@@ -36,6 +36,7 @@ from recon.ensemble import Ensemble
 from recon.errors import InputError
 from recon.likelihoods import GaussianLikelihood, Likelihood
 from recon.operators.base import LinearOperator
+from recon.space import Space
 
 BLOCK = 8  # draws projected at a time
 Verdict = Literal["fits", "data not fitted", "noise fitted", "undefined"]
@@ -134,7 +135,7 @@ def data_fit(likelihood: Likelihood, ensemble: Ensemble, false_alarm: float = 1e
     if not _counts(likelihood):
         likelihood = likelihood.gaussian()
     x, weights = ensemble.x.detach(), ensemble.weights
-    sums = _Sums(operator.range.shape)
+    sums = _Sums(operator.range)
     with torch.no_grad():
         for first in range(0, len(x), BLOCK):
             block = slice(first, first + BLOCK)
@@ -145,7 +146,10 @@ def data_fit(likelihood: Likelihood, ensemble: Ensemble, false_alarm: float = 1e
 
 @dataclass(frozen=True)
 class _Terms:
-    """Per datum of some draws, (n, *range.shape), float64: residual, its part of chi2, and that part's two moments."""
+    """Per datum of some draws, (n, *range.shape), float64: residual, its part of chi2, and that part's two moments.
+
+    Complex data have one more axis at the end, their real and imaginary parts.
+    """
 
     residual: Tensor
     square: Tensor
@@ -159,7 +163,8 @@ def _counts(likelihood: Likelihood) -> bool:
 
 def _terms(likelihood: Any, x: Tensor) -> _Terms:  # noqa: ANN401  (a Gaussian likelihood or one of counts)
     if not _counts(likelihood):
-        r = (likelihood.residual(x.to(likelihood.y)) / likelihood.sigma).double().cpu()
+        r = likelihood.residual(x.to(likelihood.measured)) / likelihood.sigma
+        r = (torch.view_as_real(r) if r.is_complex() else r).double().cpu()
         one = torch.ones((), dtype=torch.float64).expand_as(r)
         return _Terms(r, r.square(), one, 2 * one)
     k = likelihood.counts.double().cpu()
@@ -190,11 +195,12 @@ def _deviance_moments(rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class _Sums:
     """Weighted sums over draws of what the fit needs, so that only a block of residuals is ever held."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, space: Space) -> None:
+        shape = (*space.shape, 2) if space.complex else space.shape
         self.chi2: list[Tensor] = []
         self.residual, self.square, self.expected, self.variance = (torch.zeros(shape).double() for _ in range(4))
         self.measured = torch.zeros(shape, dtype=torch.bool)
-        self.lagged: list[list[Tensor]] = [[] for _ in shape]
+        self.lagged: list[list[Tensor]] = [[] for _ in space.dims]
 
     def add(self, terms: _Terms, weights: Tensor) -> None:
         self.chi2.append(terms.square.flatten(1).sum(1))
@@ -239,7 +245,7 @@ def _collect(likelihood: Likelihood, sums: _Sums, weights: Tensor, mean_chi2: fl
         view_dim=space.dims[0],
         per_view=square.sum(1) / expected.sum(1),
         per_view_sd=variance.sum(1).sqrt() / expected.sum(1),
-        residual=sums.residual,
+        residual=torch.view_as_complex(sums.residual) if space.complex else sums.residual,
         autocorrelation=lag,
         autocorrelation_sd=lag_sd,
         signal_freedom=freedom,

@@ -3,6 +3,10 @@ r"""The contract of a forward model, and the algebra of linear ones.
 ``y = A(x)`` maps (\*batch, \*domain.shape) to (\*batch, \*range.shape): a whole batch of draws at once.  The public call
 checks shapes, the subclass writes ``apply``.  A linear operator writes ``apply`` and ``apply_adjoint``; the matched transpose
 is also autograd's backward pass, so a compiled projector is as differentiable as a torch expression, to any order.
+
+A space may hold complex numbers (k-space does).  It counts as the real space of real and imaginary parts, with the inner
+product ``Re sum conj(a) b``: the transpose of a map from real arrays to complex ones is the real part of the Hermitian one,
+which is torch's own convention for gradients.
 """
 
 from __future__ import annotations
@@ -50,8 +54,9 @@ class Operator(nn.Module):
         self, function: Callable[[Tensor], Tensor], x: Tensor, source: Space, target: Space, name: str
     ) -> Tensor:
         batch = source.require(tuple(x.shape), f"{self.describe()}.{name}")
-        if not x.is_floating_point():
-            raise InputError(f"{self.describe()}.{name} takes floating-point arrays; got {x.dtype}")
+        if not (x.is_complex() if source.complex else x.is_floating_point()):
+            kind = "complex" if source.complex else "floating-point"
+            raise InputError(f"{self.describe()}.{name} takes {kind} arrays; got {x.dtype}")
         return function(x.reshape(-1, *source.shape)).reshape(*batch, *target.shape)
 
     def describe(self) -> str:
@@ -148,15 +153,16 @@ class LinearOperator(Operator):
 
     def norm(self, iterations: int = 30) -> float:
         """Largest singular value of ``A``, by power iteration from a fixed start (a lower bound, tight after ~30)."""
-        x = torch.ones(1, *self.domain.shape, dtype=self.dtype, device=self.device)
-        x = x + 0.1 * torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape)
+        ramp = torch.linspace(-1, 1, self.domain.size, dtype=self.dtype, device=self.device)
+        x = (1 + 0.1 * ramp).reshape(1, *self.domain.shape)
+        x = torch.complex(x, 0.3 * x) if self.domain.complex else x
         for _ in range(iterations):
             x = self.normal(x / x.norm())
         return float(x.norm().sqrt())
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating type of the operator's numbers (float32 when it has none)."""
+        """Floating type of the operator's numbers (float32 when it has none); of the parts where they are complex."""
         return next((b.dtype for b in self.buffers() if b.is_floating_point()), torch.float32)
 
     @property
@@ -173,7 +179,7 @@ class LinearOperator(Operator):
 
     @property
     def T(self) -> LinearOperator:
-        """Alias of ``H``: every space of recon is real."""
+        """Alias of ``H``: complex spaces count as real ones of twice the size."""
         return self.H
 
     def __matmul__(self, other: LinearOperator) -> LinearOperator:

@@ -53,10 +53,12 @@ class CG:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product per draw: (n, ...), (n, ...) -> (n,)."""
+    """Inner product per draw, of complex arrays the real part: (n, ...), (n, ...) -> (n,)."""
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
     return (a * b).flatten(1).sum(1)
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:
     """(n,) reshaped to (n, 1, ..., 1) so that it multiplies a batch like ``like``."""
-    return values.reshape(-1, *([1] * (like.ndim - 1))).to(like.dtype)
+    return values.reshape(-1, *([1] * (like.ndim - 1))).to(like.real.dtype)

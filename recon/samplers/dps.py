@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from recon.errors import InputError
+from recon.operators.cg import dot
 from recon.posterior import Posterior
 from recon.samplers.base import Claim, GuidedSampler
 from recon.samplers.requirements import require_gaussian
@@ -59,8 +60,8 @@ class DPS(GuidedSampler):
             if self.form == "bayes":
                 value = likelihood.log_prob(x)
             else:
-                residual = require_gaussian(posterior, "DPS").residual(x).flatten(1)
-                value = -residual.square().sum(1).sqrt()
+                residual = require_gaussian(posterior, "DPS").residual(x)
+                value = -dot(residual, residual).sqrt()
             (gradient,) = torch.autograd.grad(value.sum(), point)
         if self.form == "bayes":
             return denoised.detach() + self.weight * sigma**2 * gradient

@@ -33,11 +33,11 @@ def linear(operator) -> LinearOperator:
 
 
 def data(space, *batch, dtype, step=0):
-    return zoo.normal(*batch, *space.shape, step=step, dtype=dtype)
+    return zoo.normal(*batch, *space.shape, step=step, dtype=dtype.to_complex() if space.complex else dtype)
 
 
 def close(a, b):
-    tolerance = 1e-5 if a.dtype == torch.float32 else 1e-12
+    tolerance = 1e-5 if a.dtype.to_real() == torch.float32 else 1e-12
     return torch.allclose(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
 
 
@@ -73,7 +73,8 @@ def test_any_batch_shape(linear, batch):
     x, y = data(linear.domain, *batch, dtype=linear.dtype), data(linear.range, *batch, dtype=linear.dtype)
     assert linear(x).shape == (*batch, *linear.range.shape)
     assert linear.A_adjoint(y).shape == (*batch, *linear.domain.shape)
-    assert linear(x).dtype == linear.A_adjoint(y).dtype == linear.dtype
+    assert (linear(x).dtype, linear.A_adjoint(y).dtype) == (y.dtype, x.dtype)
+    assert linear(x).real.dtype == linear.A_adjoint(y).real.dtype == linear.dtype
 
 
 def test_a_batch_is_its_rows(linear):
@@ -112,12 +113,19 @@ def test_wrong_shapes_are_refused_by_name(linear):
         expected = rf"{type(linear).__name__} .*\.{method} takes arrays \(\*batch, .*\); got shape"
         for shape in ((*space.shape[:-1], space.shape[-1] + 1), space.shape[:-1], (*space.shape, 2)):
             with pytest.raises(InputError, match=expected):
-                call(torch.zeros(shape, dtype=linear.dtype))
+                call(torch.zeros(shape, dtype=linear.dtype.to_complex() if space.complex else linear.dtype))
 
 
 def test_whole_numbers_are_refused(linear):
-    with pytest.raises(InputError, match=r"takes floating-point arrays; got torch\.int64"):
+    with pytest.raises(InputError, match=r"takes (floating-point|complex) arrays; got torch\.int64"):
         linear.A(torch.zeros(linear.domain.shape, dtype=torch.int64))
+
+
+def test_real_and_complex_numbers_are_not_confused(linear):
+    for call, space in ((linear.A, linear.domain), (linear.A_adjoint, linear.range)):
+        wrong = linear.dtype if space.complex else linear.dtype.to_complex()
+        with pytest.raises(InputError, match=rf"takes {'complex' if space.complex else 'floating-point'} arrays; got"):
+            call(torch.zeros(space.shape, dtype=wrong))
 
 
 def test_it_says_what_it_maps(operator):
@@ -133,12 +141,18 @@ def test_norm_is_the_largest_singular_value(linear):
 def test_solve_is_the_regularised_inverse(linear):
     M = zoo.dense(linear).double()
     b = data(linear.domain, 3, dtype=linear.dtype)
-    weight = 0.5 + data(linear.range, dtype=linear.dtype, step=1).abs()
+    weight = 0.5 + data(linear.range, dtype=linear.dtype, step=1).abs()  # real, one per datum
     scale = float(M.square().sum(0).mean())  # comparable to A^T A, so that neither term hides the other
     for w in (None, weight):
-        W = torch.eye(len(M), dtype=torch.float64) if w is None else torch.diag(w.flatten().double())
+        per_part = weight.flatten().double().repeat_interleave(len(M) // linear.range.size)
+        W = torch.eye(len(M), dtype=torch.float64) if w is None else torch.diag(per_part)
         K = M.T @ W @ M + scale * torch.eye(M.shape[1], dtype=torch.float64)
-        exact = torch.linalg.solve(K, b.flatten(1).double().T).T.reshape(b.shape)
+        # The unknowns as zoo.dense orders them: all real parts, then all imaginary ones.
+        flat = torch.cat([b.real, b.imag]).reshape(2, len(b), -1).swapaxes(0, 1) if b.is_complex() else b
+        exact = torch.linalg.solve(K, flat.flatten(1).double().T).T
+        if b.is_complex():
+            exact = torch.complex(*exact.chunk(2, 1))
+        exact = exact.reshape(b.shape)
         got = linear.solve(b, scale, weight=w, cg=CG(200, 1e-12 if linear.dtype == torch.float64 else 1e-6))
         assert float((got - exact).norm() / exact.norm()) < (1e-9 if linear.dtype == torch.float64 else 1e-4)
 
@@ -151,7 +165,9 @@ def test_solve_refuses_a_singular_system(linear):
 def test_precision_changes_rounding_only(name):
     make = zoo.OPERATORS[name]
     x = data(make().domain, 2, dtype=torch.float32)
-    assert close(make()(x), make().double()(x.double()).float())
+    wide = x.to(torch.complex128 if x.is_complex() else torch.float64)
+    expected = make().double()(wide)
+    assert close(make()(x), expected.to(torch.complex64 if expected.is_complex() else torch.float32))
 
 
 def test_the_zoo_is_complete():

@@ -10,6 +10,7 @@ import torch
 import recon
 from recon.likelihoods import GaussianLikelihood
 from recon.operators import CG, MatrixOperator
+from recon.posterior import dense
 from recon.priors import GaussianMixturePrior, GaussianPrior
 from recon.samplers import DDIM, DPS, MMPS, Ancestral, DiffPIR, GuidedSampler, Renoise
 from recon.schedules import LogLinear
@@ -42,9 +43,45 @@ def test_mmps_draws_from_a_gaussian_posterior() -> None:
     posterior = gaussian_problem()
     sampler = MMPS(steps=1000, grid=LogLinear(), cg=CG(iterations=4, tolerance=1e-8))
     error, distance = moments(recon.sample(posterior, sampler, draws=20_000), posterior)
-    print(f"MMPS, 20,000 draws, 1,000 steps: mean off by {error:.2f} standard errors, covariance by {100 * distance:.2f} %")
+    print(
+        f"MMPS, 20,000 draws, 1,000 steps: mean off by {error:.2f} standard errors, covariance by {100 * distance:.2f} %"
+    )
     assert error < 4  # false alarm over 8 components: 5e-4 (the stated bar)
     assert distance < 0.05
+
+
+def complex_problem(d: int = 5, m: int = 3) -> recon.Posterior:
+    """Complex data of a real unknown, as k-space is."""
+    generator = torch.Generator().manual_seed(4)
+    parts = torch.randn(4, m, d, generator=generator, dtype=torch.float64)
+    y = torch.complex(parts[2, :, 0], parts[3, :, 0])
+    prior = GaussianPrior(torch.zeros(d, dtype=torch.float64), torch.ones(d, dtype=torch.float64))
+    return recon.Posterior(prior, GaussianLikelihood(MatrixOperator(torch.complex(parts[0], parts[1])), y, 0.3))
+
+
+def test_mmps_draws_from_the_posterior_of_complex_data() -> None:
+    posterior, draws = complex_problem(), 4000
+    sampler = MMPS(steps=400, grid=LogLinear(), cg=CG(iterations=8, tolerance=1e-8))
+    error, _ = moments(recon.sample(posterior, sampler, draws=draws), posterior)
+    assert error < normal_bound(5)
+    exact = posterior.exact()
+    assert isinstance(exact, GaussianPrior)
+    matrix = posterior.likelihood.gaussian().operator.matrix
+    precision = (matrix.conj().T @ matrix).real / 0.3**2 + torch.eye(5, dtype=torch.float64)
+    torch.testing.assert_close(exact.covariance(), torch.linalg.inv(precision))
+
+
+@pytest.mark.parametrize(
+    "sampler", [DPS(steps=10, weight=1e-3), DPS(steps=10, form="norm", weight=1e-3), DiffPIR(steps=10), MMPS(steps=10)]
+)
+def test_complex_data_are_pairs_of_real_ones_to_every_sampler(sampler: GuidedSampler) -> None:
+    posterior = complex_problem()
+    like = posterior.likelihood.gaussian()
+    pairs = GaussianLikelihood(MatrixOperator(dense(like.linear("test"))), like.measured.flatten(), like.sigma)
+    as_pairs = recon.Posterior(posterior.prior, pairs)
+    draws = [recon.sample(one, sampler, draws=4).x for one in (posterior, as_pairs)]
+    torch.testing.assert_close(*draws, rtol=1e-9, atol=1e-9)
+    assert float(draws[0].abs().max()) < 100  # not a comparison of overflows
 
 
 def test_too_few_cg_iterations_are_noticed() -> None:
