@@ -78,8 +78,10 @@ def photon_counts(
         gain = float(np.median(flat.var(0, ddof=1)[~dead] / signal[~dead]) / (1 - 2 / (9 * freedom)) ** 3)
     if not 0 < gain < math.inf:
         raise InputError(f"the gain must be positive; got {gain:g} (equal flat fields have no noise to measure it by)")
-    as_tensor = (torch.from_numpy((a / gain).astype(np.float32)) for a in (projections.clip(min=0.0), signal, dark))
-    return PhotonCounts(*as_tensor, torch.from_numpy(dead), gain)
+    counts, blank, background = (
+        torch.from_numpy((a / gain).astype(np.float32)) for a in (projections.clip(min=0.0), signal, dark)
+    )
+    return PhotonCounts(counts, blank, background, torch.from_numpy(dead), gain)
 
 
 def rotation_axis(line_integrals: np.ndarray | Tensor, angles: Sequence[float] | np.ndarray) -> float:

@@ -7,10 +7,11 @@ network's scale; whatever stands above a prior speaks physical units.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,8 +33,11 @@ class Prior(nn.Module):
     """A distribution over one ``space``, known through its denoiser.
 
     space: of physical arrays.  latent: of the denoiser's arrays.  schedule: noise levels the denoiser is good for, in units
-    of the latent.  A subclass writes ``predict``.  Pixel priors decode as ``x = shift + scale * z``; a prior with another
-    decoder overrides ``encode`` and ``decode`` and sets ``affine = False``.
+    of the latent.  A subclass writes ``predict``.  Pixel priors decode as ``x = shift + scale * z``, with one number each or
+    one per entry of the first axis (variables in units of their own); a prior with another decoder overrides ``encode`` and
+    ``decode`` and sets ``affine = False``.
+
+    Raises InputError for a scale that is not positive, or numbers that do not fit the first axis.
     """
 
     affine: bool = True
@@ -41,17 +45,23 @@ class Prior(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, space: Space, schedule: Schedule, card: Card, *, shift: float = 0.0, scale: float = 1.0
+        self,
+        space: Space,
+        schedule: Schedule,
+        card: Card,
+        *,
+        shift: float | Sequence[float] = 0.0,
+        scale: float | Sequence[float] = 1.0,
     ) -> None:
         super().__init__()
-        if not scale > 0:
+        if not all(value > 0 for value in np.atleast_1d(scale)):
             raise InputError(f"a prior's scale must be positive; got {scale}")
         self.space = space
         self.latent = Space(space.dims, space.shape, space.coords, "1") if (shift, scale) != (0.0, 1.0) else space
         self.schedule = schedule
         self.card = card
-        self.register_buffer("shift", torch.tensor(float(shift), dtype=torch.float64))
-        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float64))
+        self.register_buffer("shift", _per_field(shift, space, "shift"))
+        self.register_buffer("scale", _per_field(scale, space, "scale"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,3 +101,15 @@ class Prior(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """From physical units to the latent: ``z = (x - shift) / scale``."""
         return (x - self.shift.to(x.dtype)) / self.scale.to(x.dtype)
+
+
+def _per_field(values: float | Sequence[float], space: Space, name: str) -> Tensor:
+    """One number (), or one per entry of the first axis as it broadcasts over arrays of ``space``."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if tensor.ndim == 0:
+        return tensor
+    if len(space.shape) < 2 or tuple(tensor.shape) != space.shape[:1]:
+        raise InputError(
+            f"{name} must be one number or one per {space.dims[0]} of {space.describe()}; got {tuple(tensor.shape)}"
+        )
+    return tensor.reshape(-1, *[1] * (len(space.shape) - 1))

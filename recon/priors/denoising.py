@@ -22,25 +22,25 @@ from torch import Tensor, nn
 from recon.priors.network import precondition
 
 Denoiser = Callable[[Tensor, float], Tensor]
-"""(images (n, ny, nx), sigma) -> denoised images."""
+"""(images (n, ny, nx) or (n, field, ny, nx), sigma) -> denoised images."""
 
 
 @dataclass(frozen=True)
 class Wiener:
-    """The Wiener filter of images with a mean (ny, nx) and a power spectrum (ny, nx), periodic at the border."""
+    """The Wiener filter of images with a mean and a power spectrum (..., ny, nx), field by field, periodic at the border."""
 
     mean: Tensor
     spectrum: Tensor
 
     @classmethod
     def fit(cls, images: Tensor) -> Wiener:
-        """Mean and spectrum of ``images`` (n, ny, nx)."""
+        """Mean and spectrum of ``images`` (n, ..., ny, nx)."""
         mean = images.mean(0)
         power = torch.fft.fft2(images - mean, norm="ortho").abs().square().mean(0)
         return cls(mean, power)
 
     def __call__(self, z: Tensor, sigma: float) -> Tensor:
-        """Denoised ``z`` (n, ny, nx)."""
+        """Denoised ``z`` (n, ..., ny, nx)."""
         gain = self.spectrum / (self.spectrum + sigma**2)
         return self.mean + torch.fft.ifft2(gain * torch.fft.fft2(z - self.mean)).real
 
@@ -48,7 +48,7 @@ class Wiener:
 def denoising_error(
     denoise: Denoiser, images: Tensor, sigma: float, *, known: Tensor | None = None, seed: int = 0, batch: int = 16
 ) -> float:
-    """Root mean squared error of ``denoise`` on noisy ``images`` (n, ny, nx), over the pixels that are ``known``."""
+    """Root mean squared error of ``denoise`` on noisy ``images`` (n, ...), over the pixels that are ``known``."""
     total, pixels = 0.0, 0.0
     with torch.no_grad():
         for first in range(0, len(images), batch):
@@ -67,7 +67,7 @@ def network_denoiser(network: nn.Module, sigma_data: float) -> Denoiser:
 
 
 def fixed_noise(shape: tuple[int, ...], seed: int, sigma: float, first: int) -> Tensor:
-    """Standard normal noise (n, ny, nx) for images ``first, first + 1, ...`` at one level."""
+    """Standard normal noise (n, ...) for images ``first, first + 1, ...`` at one level."""
     level = round(sigma * 1e6) << 24
     keys = [np.array([seed, level + first + i], dtype=np.uint64) for i in range(shape[0])]
     generators = [np.random.Generator(np.random.Philox(key=key)) for key in keys]

@@ -25,7 +25,9 @@ def eigen(covariance: Tensor, d: int) -> tuple[Tensor, Tensor | None]:
     else:
         raise InputError(f"a covariance for {d} numbers has shape ({d},) or ({d}, {d}); got {tuple(covariance.shape)}")
     if not bool((values > 0).all()):
-        raise InputError(f"a covariance must be positive definite; its smallest eigenvalue is {float(values.min()):.3g}")
+        raise InputError(
+            f"a covariance must be positive definite; its smallest eigenvalue is {float(values.min()):.3g}"
+        )
     return values, vectors
 
 

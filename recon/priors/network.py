@@ -9,10 +9,13 @@ A network ``F`` sees inputs and targets of unit variance at every noise level; t
 
 with ``s`` the standard deviation of the latent data (``sigma_data``).  ``F`` is a U-Net of deepinv between a pixel
 unshuffle and a pixel shuffle: the factor-2 shuffle keeps every value and makes the costly top level four times smaller.
+Images whose sides the levels cannot halve are continued by their border values and cut again.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,46 +27,65 @@ from recon.priors.base import Card, Prior
 from recon.schedules import Schedule
 from recon.space import Space
 
+Side = Annotated[int, Field(ge=8)]
+
 
 class Architecture(BaseModel):
     """The hyper-parameters that rebuild a network: the ``architecture`` section of a card.
 
     family: "adm" (ADMUNet: group norms, noise level embedded in every block) or "drunet" (DRUNet: convolutions without
-    norms or biases, noise level as a constant input channel).  size: side of the image.  shuffle: factor of the pixel
-    shuffle.  channels: per level, finest first.  blocks: residual blocks per level.  attention: image sides, after the
-    shuffle, at which blocks attend (adm only).  position: give the network two channels that say where a pixel is.
+    norms or biases, noise level as a constant input channel).  size: side of the image, or its two sides (ny, nx).  fields:
+    how many values a pixel has (2 for a complex image, one per variable).  shuffle: factor of the pixel shuffle.  channels:
+    per level, finest first.  blocks: residual blocks per level.  attention: image sides, after the shuffle, at which blocks
+    attend (adm only).  position: give the network two channels that say where a pixel is.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     family: Literal["adm", "drunet"]
-    size: int = Field(ge=8)
+    size: Side | tuple[Side, Side]
+    fields: int = Field(default=1, ge=1)
     shuffle: Literal[1, 2, 4] = 2
     channels: tuple[Annotated[int, Field(ge=1)], ...]
     blocks: int = Field(ge=1)
     attention: tuple[int, ...] = ()
     position: bool = False
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of the image."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """The sides with what the levels need to be halved."""
+        step = self.shuffle * 2 ** (len(self.channels) - 1)
+        ny, nx = (step * math.ceil(side / step) for side in self.sides)
+        return ny, nx
+
 
 class ShuffledUNet(nn.Module):
-    """``F(z, c)``: pixel unshuffle, a deepinv U-Net on (n, shuffle^2, size/shuffle, size/shuffle), pixel shuffle."""
+    """``F(z, c)``: pixel unshuffle, a deepinv U-Net on (n, fields shuffle^2, ny/shuffle, nx/shuffle), pixel shuffle."""
 
     position: Tensor
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
-        side = architecture.size // architecture.shuffle
+        rows, columns = (side // architecture.shuffle for side in architecture.padded)
         self.down = nn.PixelUnshuffle(architecture.shuffle)
         self.up = nn.PixelShuffle(architecture.shuffle)
-        self.unet = _unet(architecture, side)
-        ramp = torch.linspace(-1, 1, side)
-        grid = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij"))
+        self.unet = _unet(architecture, max(rows, columns))
+        ramps = (torch.linspace(-1, 1, side) for side in (rows, columns))
+        grid = torch.stack(torch.meshgrid(*ramps, indexing="ij"))
         self.register_buffer("position", grid[None], persistent=False)
 
     def forward(self, z: Tensor, c_noise: Tensor) -> Tensor:
-        """``z`` (n, 1, size, size) of about unit variance, ``c_noise`` (n,); returns the shape of ``z``."""
-        n = len(z)
+        """``z`` (n, fields, ny, nx) of about unit variance, ``c_noise`` (n,); returns the shape of ``z``."""
+        n, (ny, nx) = len(z), self.architecture.sides
+        below, beside = self.architecture.padded[0] - ny, self.architecture.padded[1] - nx
+        if below or beside:
+            z = nn.functional.pad(z, (0, beside, 0, below), mode="replicate")
         parts = [self.down(z)]
         if self.architecture.position:
             parts.append(self.position.expand(n, -1, -1, -1))
@@ -71,17 +93,15 @@ class ShuffledUNet(nn.Module):
             level = torch.stack([c_noise, torch.ones_like(c_noise)], dim=1)
             parts.append(level[:, :, None, None].expand(-1, -1, *parts[0].shape[2:]))
         hidden = torch.cat(parts, dim=1).contiguous(memory_format=torch.channels_last)
-        if self.architecture.family == "drunet":
-            return self.up(self.unet.forward_unet(hidden))
-        return self.up(self.unet.forward_unet(hidden, c_noise))
+        drunet = self.architecture.family == "drunet"
+        out: Tensor = self.up(self.unet.forward_unet(hidden) if drunet else self.unet.forward_unet(hidden, c_noise))
+        return out[..., :ny, :nx] if below or beside else out
 
 
 def _unet(architecture: Architecture, side: int) -> Any:  # noqa: ANN401  (a class of deepinv)
     models: Any = need("deepinv.models", "networks")
-    channels, pixels = architecture.channels, architecture.shuffle**2
+    channels, pixels = architecture.channels, architecture.fields * architecture.shuffle**2
     inputs = pixels + 2 * architecture.position
-    if architecture.size % (architecture.shuffle * 2 ** (len(channels) - 1)):
-        raise InputError(f"an image of side {architecture.size} cannot be halved for {len(channels)} levels")
     if architecture.family == "drunet":
         if len(channels) != 4 or architecture.attention:
             raise InputError(f"drunet has exactly 4 levels and no attention; got channels {channels}")
@@ -118,21 +138,26 @@ def build_network(architecture: Architecture, seed: int = 0) -> ShuffledUNet:
 
 
 def precondition(network: nn.Module, z: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    """``D(z, sigma)`` of the module docstring for ``z`` (n, ny, nx) and ``sigma`` (n,), in float32 around ``network``."""
-    level = sigma.to(torch.float32).reshape(-1, 1, 1)
+    """``D(z, sigma)`` of the module docstring in float32 around ``network``.
+
+    z: (n, ny, nx) or (n, fields, ny, nx).  sigma: (n,).
+    """
+    level = sigma.to(torch.float32).reshape(-1, *[1] * (z.ndim - 1))
     z32 = z.to(torch.float32)
     total = level.square() + sigma_data**2
-    inputs = (z32 * total.rsqrt()).unsqueeze(1)
-    output = network(inputs, level.reshape(-1).log() / 4).to(torch.float32).squeeze(1)
+    inputs = z32 * total.rsqrt()
+    output = network(inputs if z.ndim == 4 else inputs.unsqueeze(1), level.reshape(-1).log() / 4)
+    output = output.to(torch.float32).reshape(z.shape)
     return (sigma_data**2 / total) * z32 + (level * sigma_data * total.rsqrt()) * output
 
 
 class NetworkPrior(Prior):
-    """A prior over images (y, x) whose denoiser is a trained network; its parameters take no gradients.
+    """A prior over images (y, x), or several fields on one grid (field, y, x), whose denoiser is a trained network.
 
-    network: ``F``.  sigma_data: standard deviation of the latent training data.  ``x = shift + scale * z``.
+    The parameters take no gradients.  network: ``F``.  sigma_data: standard deviation of the latent training data.
+    ``x = shift + scale * z``, each one number or one per field.
 
-    Raises InputError when the space has not two axes or sigma_data is not positive.
+    Raises InputError when the space has not two or three axes or sigma_data is not positive.
     """
 
     def __init__(
@@ -143,12 +168,12 @@ class NetworkPrior(Prior):
         network: nn.Module,
         *,
         sigma_data: float,
-        shift: float = 0.0,
-        scale: float = 1.0,
+        shift: float | Sequence[float] = 0.0,
+        scale: float | Sequence[float] = 1.0,
     ) -> None:
         super().__init__(space, schedule, card, shift=shift, scale=scale)
-        if len(space.shape) != 2:
-            raise InputError(f"a NetworkPrior is over images (y, x); got {space.describe()}")
+        if len(space.shape) not in (2, 3):
+            raise InputError(f"a NetworkPrior is over images (y, x) or (field, y, x); got {space.describe()}")
         if not sigma_data > 0:
             raise InputError(f"sigma_data must be positive; got {sigma_data}")
         self.sigma_data = float(sigma_data)

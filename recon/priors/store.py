@@ -7,8 +7,9 @@ swapped or cut short without notice.  Weights are kept in float16 and computed w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,17 +33,26 @@ class _Section(BaseModel):
 
 
 class Grid(_Section):
-    """Axes and lengths of the images."""
+    """Axes and lengths of the images.  coords: of the axes that have some: numbers, or the names of variables."""
 
     dims: tuple[str, ...]
     shape: tuple[int, ...]
+    coords: dict[str, tuple[float, ...] | tuple[str, ...]] = Field(default_factory=dict)
+
+    def space(self, unit: str) -> Space:
+        """The space of the prior."""
+        coords = {k: v if isinstance(v[0], str) else np.array(v) for k, v in self.coords.items()}
+        return Space(self.dims, self.shape, coords, unit)
+
+
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Normalisation(_Section):
-    """``z = (x - shift) / scale``; sigma_data: standard deviation of ``z`` over the training images."""
+    """``z = (x - shift) / scale``, one number or one per field; sigma_data: standard deviation of ``z`` in training."""
 
-    shift: float
-    scale: float = Field(gt=0)
+    shift: float | tuple[float, ...]
+    scale: Positive | tuple[Positive, ...]
     sigma_data: float = Field(gt=0)
 
 
@@ -80,14 +90,14 @@ class Budget(_Section):
 
 
 class Error(_Section):
-    """Held-out error at one noise level: RMSE in units of the latent, and of the prior alone in the physical unit."""
+    """Held-out error at one noise level: RMSE in units of the latent, and of the prior alone in the physical unit if one."""
 
     data: str
     sigma: float
     prior: float
     wiener: float
     identity: float
-    prior_physical: float
+    prior_physical: float | None = None
 
 
 class PriorCard(_Section):
@@ -97,7 +107,7 @@ class PriorCard(_Section):
     summary: str
     grid: Grid
     unit: str
-    pixel_mm: tuple[float, float]
+    pixel_mm: tuple[float, float] | None = None
     normalisation: Normalisation
     schedule: Sigmas
     architecture: Architecture
@@ -131,9 +141,19 @@ def save_prior(folder: Path, prior: NetworkPrior) -> PriorCard:
     known: dict[str, Any] = {
         "name": prior.card.name,
         "summary": prior.card.summary,
-        "grid": {"dims": prior.space.dims, "shape": prior.space.shape},
+        "grid": {
+            "dims": prior.space.dims,
+            "shape": prior.space.shape,
+            "coords": {
+                k: tuple(v) if isinstance(v, tuple) else tuple(v.tolist()) for k, v in prior.space.coords.items()
+            },
+        },
         "unit": prior.space.unit,
-        "normalisation": {"shift": float(prior.shift), "scale": float(prior.scale), "sigma_data": prior.sigma_data},
+        "normalisation": {
+            "shift": _plain(prior.shift),
+            "scale": _plain(prior.scale),
+            "sigma_data": prior.sigma_data,
+        },
         "schedule": {"sigma_min": prior.schedule.sigma_min, "sigma_max": prior.schedule.sigma_max},
         "architecture": network.architecture,
         "weights": {"sha256": "0" * 64, "dtype": "float16", "parameters": sum(v.numel() for v in halves.values())},
@@ -160,9 +180,9 @@ def load_prior(name_or_path: str | Path, workspace: str | Path | None = None) ->
     folder = find("priors", name_or_path, workspace)
     card = read_card(folder)
     prior = NetworkPrior(
-        Space(card.grid.dims, card.grid.shape, {}, card.unit),
+        card.grid.space(card.unit),
         Schedule(card.schedule.sigma_min, card.schedule.sigma_max),
-        Card(card.name, card.summary, card.model_dump(mode="json", exclude={"name", "summary"})),
+        Card(card.name, card.summary, card.model_dump(mode="json", exclude={"name", "summary"}, exclude_none=True)),
         build_network(card.architecture),
         sigma_data=card.normalisation.sigma_data,
         shift=card.normalisation.shift,
@@ -182,6 +202,10 @@ def read_card(folder: Path) -> PriorCard:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {error}") from error
     return _validated(content, str(path))
+
+
+def _plain(values: Tensor) -> float | tuple[float, ...]:
+    return float(values) if values.ndim == 0 else tuple(values.flatten().tolist())
 
 
 def _validated(content: object, what: str) -> PriorCard:

@@ -36,7 +36,7 @@ from recon.priors.network import precondition
 from recon.schedules import Schedule
 
 Batches = Callable[[int, int], tuple[Tensor, Tensor]]
-"""(step, count) -> latent images (count, ny, nx) and their masks, 1.0 where the value is known."""
+"""(step, count) -> latent images (count, ny, nx) or (count, field, ny, nx) and their masks, 1.0 where the value is known."""
 
 
 class TrainingConfig(BaseModel):
@@ -89,7 +89,7 @@ class Progress:
 class Training:
     """One training run: a network, its average, its optimiser and its progress.
 
-    network: ``F`` of the preconditioned denoiser, trained in place.  batches: the data.  held_out: latent images (n, ny, nx)
+    network: ``F`` of the preconditioned denoiser, trained in place.  batches: the data.  held_out: latent images (n, ...)
     for the validation curve.  folder: where ``checkpoint.safetensors`` and ``log.json`` are kept; None keeps nothing.
 
     ``run`` trains to the end; ``average`` holds the weights to keep.  A checkpoint found in the folder is resumed.
@@ -261,8 +261,8 @@ class Training:
 def denoising_loss(
     network: nn.Module, images: Tensor, mask: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float
 ) -> Tensor:
-    """``L`` of the module docstring for ``images`` (n, ny, nx) at levels ``sigma`` (n,), summed over images and pixels."""
-    level = sigma[:, None, None]
+    """``L`` of the module docstring for ``images`` (n, ...) at levels ``sigma`` (n,), summed over images and pixels."""
+    level = sigma.reshape(-1, *[1] * (images.ndim - 1))
     denoised = precondition(network, images + level * noise, sigma, sigma_data)
     weight = (level.square() + sigma_data**2) / (level * sigma_data).square()
     return (weight * mask * (denoised - images).square()).sum()
@@ -271,7 +271,7 @@ def denoising_loss(
 def levels_and_noise(
     config: TrainingConfig, schedule: Schedule, step: int, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Noise levels (n,) and standard normal noise (n, ny, nx) of a step: a pure function of (seed, step)."""
+    """Noise levels (n,) and standard normal noise (n, ...) of a step: a pure function of (seed, step)."""
     # An array of uint64: numpy takes a list with a number above 2^63 through float64, which forgets the step.
     key = np.array([config.seed, (1 << 63) + step], dtype=np.uint64)
     random = np.random.Generator(np.random.Philox(key=key))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from recon.datasets.fields import FieldCard
 from recon.datasets.slices import SliceCard
 from recon.workflows.fields import Positive, Section, Whole, one_of
 from recon.workflows.problems import validated
@@ -55,7 +56,11 @@ class DicomDefinition(Section):
 
 
 OPERATORS: Mapping[str, type[BaseModel]] = {"parallel_beam": ParallelBeamDefinition}
-DATASETS: Mapping[str, type[BaseModel]] = {"dicom": DicomDefinition, "hdf5_slices": SliceCard}
+DATASETS: Mapping[str, type[BaseModel]] = {
+    "dicom": DicomDefinition,
+    "fields": FieldCard,
+    "hdf5_slices": SliceCard,
+}
 
 OperatorDefinition = one_of("type", OPERATORS)
 DatasetDefinition = one_of("reader", DATASETS)

@@ -37,7 +37,10 @@ def forecast(workflow: Workflow, job: Job, comm: Comm) -> str:
         ("sampler", f"{sampler!r}"),
         ("claim", sampler.claim + (f", {sampler.exact_for}" if sampler.exact_for else "")),
         ("draws", f"{workflow.draws} in {len(pieces)} blocks of {block}, seed {workflow.seed}"),
-        ("layout", f"{comm.draws.size} ranks x {comm.workers} threads, at most {per_worker} blocks one after the other"),
+        (
+            "layout",
+            f"{comm.draws.size} ranks x {comm.workers} threads, at most {per_worker} blocks one after the other",
+        ),
         ("memory", f"about {peak + 0.2 * comm.workers:.1f} GiB a rank ({peak:.1f} GiB now, with one block worked on)"),
         ("time", f"about {_clock(total)} ({seconds:.2f} s a step and block), and the baselines"),
         ("ensemble.nc", f"about {max(0.1, values * 4 / 2**20):.1f} MiB"),
@@ -74,4 +77,10 @@ def _adjoint_error(operator: LinearOperator) -> float:
 
 
 def _clock(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -87,9 +87,7 @@ def _carry_out(workflow: Workflow, job: Job, folder: RunFolder, comm: Comm, fact
     checkpoints = Checkpoints(folder.checkpoints, comm, identity(workflow, job), workflow.checkpoint_every)
     log.info("%s: %d draws with %s", folder.path, workflow.draws, type(job.sampler).__name__)
     with checkpoints.stopping_on_signals():
-        ensemble = sample(
-            job.posterior, job.sampler, workflow.draws, workflow.seed, workflow.block, comm, checkpoints
-        )
+        ensemble = sample(job.posterior, job.sampler, workflow.draws, workflow.seed, workflow.block, comm, checkpoints)
     if comm.root:
         evidence = _evidence(workflow, job, ensemble, {**facts, "identity": checkpoints.identity})
         ensemble.save(folder.ensemble, evidence.facts["provenance"])
@@ -142,4 +140,6 @@ def _noise(job: Job) -> str:
         most, least = float(m.blank.mean()), float(m.values.min())
         return f"photon counts, {most:.4g} without the object, {least:.0f} at least behind it ({form})"
     assert m.sigma is not None
-    return f"Gaussian, standard deviation {float(m.sigma.mean()):.3g} of line integrals up to {float(m.values.max()):.3g}"
+    return (
+        f"Gaussian, standard deviation {float(m.sigma.mean()):.3g} of line integrals up to {float(m.values.max()):.3g}"
+    )

@@ -100,7 +100,9 @@ def _likelihood(measurement: Measurement, operator: ParallelBeam, kind: str) -> 
     m = measurement
     if m.blank is None or m.background is None:
         if kind == "transmission":
-            raise InputError("the transmission likelihood is that of photon counts; the measurement holds line integrals")
+            raise InputError(
+                "the transmission likelihood is that of photon counts; the measurement holds line integrals"
+            )
         assert m.sigma is not None  # read_measurement and simulate see to it
         return GaussianLikelihood(operator, m.values, m.sigma)
     counts = TransmissionLikelihood(operator, m.values, m.blank, m.background)
@@ -114,7 +116,9 @@ def _truth(definition: Any, index: int, prior: Prior) -> tuple[Tensor, Space, st
         where = f"slice {index} of {definition.name} ({definition.licence})"
     else:
         slices = read_dicom(_dicom_path(definition))
-        where = f"{definition.name or definition.file} ({definition.licence})" if definition.licence else definition.file
+        where = (
+            f"{definition.name or definition.file} ({definition.licence})" if definition.licence else definition.file
+        )
     if index >= len(slices):
         raise InputError(f"problem.index is {index}; {slices.name} has {len(slices)} slices, numbered from 0")
     one = Slices(slices.name, slices.mu[index : index + 1], None, slices.pixel[index : index + 1])

@@ -20,7 +20,18 @@ from recon.comm import Comm
 from recon.workflows.problem import Job
 from recon.workflows.schema import Workflow, resolved
 
-_PACKAGES = ("numpy", "scipy", "torch", "deepinv", "astra-toolbox", "xarray", "h5netcdf", "h5py", "safetensors", "mpi4py")
+_PACKAGES = (
+    "numpy",
+    "scipy",
+    "torch",
+    "deepinv",
+    "astra-toolbox",
+    "xarray",
+    "h5netcdf",
+    "h5py",
+    "safetensors",
+    "mpi4py",
+)
 
 
 def environment(comm: Comm) -> dict[str, Any]:

@@ -106,7 +106,9 @@ class Workflow(Section):
     def _fits(self) -> Workflow:
         noise = self.problem.noise
         if self.likelihood == "transmission" and noise is not None and noise.counts is None:
-            raise ValueError("the transmission likelihood is that of photon counts; give problem.noise as {counts: ...}")
+            raise ValueError(
+                "the transmission likelihood is that of photon counts; give problem.noise as {counts: ...}"
+            )
         return self
 
 
@@ -115,7 +117,9 @@ def workflow_model() -> type[Workflow]:
     """``Workflow`` with the sampler section made from the samplers there are; loads torch."""
     from recon.samplers import METHODS
 
-    return create_model("Workflow", __base__=Workflow, __doc__=Workflow.__doc__, sampler=(sampler_section(METHODS), ...))
+    return create_model(
+        "Workflow", __base__=Workflow, __doc__=Workflow.__doc__, sampler=(sampler_section(METHODS), ...)
+    )
 
 
 def load_workflow(path: str | Path, overrides: Iterable[str] = (), workspace: str | Path | None = None) -> Workflow:
@@ -125,7 +129,9 @@ def load_workflow(path: str | Path, overrides: Iterable[str] = (), workspace: st
 
     Raises InputError listing everything that is wrong, each with file, line, column and key.
     """
-    named = isinstance(path, str) and "/" not in path and not path.endswith((".yaml", ".yml")) and not Path(path).exists()
+    named = (
+        isinstance(path, str) and "/" not in path and not path.endswith((".yaml", ".yml")) and not Path(path).exists()
+    )
     source = read_source(find("workflows", path, workspace) if named else Path(path)).overridden(overrides)
     return looked_up(validated(workflow_model(), source), source, workspace)
 

@@ -38,7 +38,9 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise yaml.composer.ComposerError(None, None, "anchors and aliases are not read here", event.start_mark)
         if getattr(event, "tag", None):
-            raise yaml.composer.ComposerError(None, None, f"tags such as {event.tag} are not read here", event.start_mark)
+            raise yaml.composer.ComposerError(
+                None, None, f"tags such as {event.tag} are not read here", event.start_mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -230,7 +232,9 @@ def _replaced(data: Any, path: KeyPath, value: Any, source: Source, label: str, 
 
 def to_yaml(data: Mapping[str, Any]) -> str:
     """``data`` as YAML text, in its order, that ``parse_source`` reads back to the same values."""
-    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
+    return yaml.dump(
+        dict(data), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True
+    )
 
 
 def dotted(path: KeyPath, empty: str = "") -> str:

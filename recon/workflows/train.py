@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
-from recon.datasets.augment import Cut, Cutter
-from recon.datasets.slices import SliceCard, Slices, load_slices
+from recon.datasets.augment import Cut
+from recon.datasets.sampling import FieldSampling
 from recon.errors import InputError
 from recon.priors.base import Card
 from recon.priors.denoising import Wiener, denoising_error, network_denoiser
@@ -20,11 +20,9 @@ from recon.priors.network import Architecture, NetworkPrior, build_network
 from recon.priors.store import Normalisation, Sigmas, save_prior
 from recon.priors.training import Training, TrainingConfig
 from recon.schedules import Schedule
-from recon.space import Space
-from recon.store import find
-from recon.workflows.definitions import read_definition
 from recon.workflows.problems import validated
 from recon.workflows.source import read_source
+from recon.workflows.training_data import FieldData, SliceData, TrainingData
 
 log = logging.getLogger("recon.train")
 
@@ -34,9 +32,10 @@ _FIT_IMAGES = 1024  # training images from which the Wiener filter learns its me
 class TrainFile(BaseModel):
     """The content of a ``train.yaml``.
 
-    pixel_mm: smallest and largest pixel side the cuts come to.  held_out: data sets whose validation part (training files)
-    or whole (test files) the trained prior is measured on, as area means of the size of its images.  unfit_for: what the
-    prior must not be used for.
+    Training images are ``cuts`` of CT slices, or ``fields`` of a gridded data set.  pixel_mm: smallest and largest pixel side
+    the cuts come to.  held_out: with cuts, data sets whose validation part (training files) or whole (test files) the trained
+    prior is measured on, as area means of the size of its images; fields have their own test part.  unfit_for: what the prior
+    must not be used for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,16 +43,45 @@ class TrainFile(BaseModel):
     name: str
     summary: str
     unit: str = "1/m"
-    pixel_mm: tuple[float, float]
+    pixel_mm: tuple[float, float] | None = None
     normalisation: Normalisation
     schedule: Sigmas
     architecture: Architecture
-    cuts: tuple[Cut, ...] = Field(min_length=1)
-    held_out: tuple[str, ...] = Field(min_length=1)
+    cuts: tuple[Cut, ...] = ()
+    fields: FieldSampling | None = None
+    held_out: tuple[str, ...] = ()
     training: TrainingConfig
     unfit_for: str
     weights_licence: str
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TrainFile:
+        if bool(self.cuts) == (self.fields is not None):
+            raise ValueError("expected either cuts (of CT slices) or fields (of a gridded data set)")
+        if self.cuts and (not self.held_out or self.pixel_mm is None):
+            raise ValueError("cuts also need held_out and pixel_mm")
+        if self.fields is not None and (self.held_out or self.pixel_mm):
+            raise ValueError("held_out and pixel_mm belong to cuts; fields are held out by the split on their card")
+        return self
+
+    def data(self, workspace: Path | None) -> TrainingData:
+        """The images the file speaks of, loaded and checked.  Raises InputError for what is missing or does not fit."""
+        sides, seed = self.architecture.sides, self.training.seed
+        if self.fields is not None:
+            data: TrainingData = FieldData(self.fields, seed, workspace)
+        elif sides[0] != sides[1]:
+            raise InputError(f"cuts of CT slices are square; architecture.size is {sides}")
+        else:
+            data = SliceData(self.cuts, self.held_out, sides[0], seed, workspace)
+        fields = 1 if len(data.space.shape) == 2 else data.space.shape[0]
+        if (fields, *data.space.shape[-2:]) != (self.architecture.fields, *sides):
+            raise InputError(
+                f"the images are {data.space.describe()}; architecture has size {sides} and fields {self.architecture.fields}"
+            )
+        if data.space.unit not in (self.unit, "mixed"):
+            raise InputError(f"the images are in {data.space.unit!r}; unit says {self.unit!r}")
+        return data
 
 
 def train(
@@ -92,21 +120,20 @@ def prepare(file: TrainFile, folder: Path | None, workspace: Path | None = None)
 
     Raises InputError when a data set is missing, is not what its card says, or is a test set.
     """
-    cutter = _cutter(file, workspace)
+    data = file.data(workspace)
 
     def batches(step: int, count: int) -> tuple[Tensor, Tensor]:
-        mu, known = cutter.batch(step, count)
-        return _latent(file, mu), known
+        values, known = data.batch(step, count)
+        return _latent(file, values), known
 
-    training_sets = [name for name in file.held_out if _card(name, workspace).use == "train"]
-    curve = [_thinned(_held_out(file, name, workspace)[0]) for name in training_sets]
+    curve = data.curve()
     return Training(
         file.training,
         build_network(file.architecture, file.training.seed).train(),
         batches,
         Schedule(file.schedule.sigma_min, file.schedule.sigma_max),
         sigma_data=file.normalisation.sigma_data,
-        held_out=_latent(file, torch.cat(curve)) if curve else None,
+        held_out=_latent(file, curve) if len(curve) else None,
         folder=folder,
     )
 
@@ -117,24 +144,25 @@ def export(file: TrainFile, training: Training, out: Path, workspace: Path | Non
     with torch.no_grad():
         for name, value in training.averaged().items():
             network.get_parameter(name).copy_(value.to(torch.float16))
-    normalisation, side = file.normalisation, file.architecture.size
-    cutter = _cutter(file, workspace)
-    facts = {
-        "pixel_mm": file.pixel_mm,
-        "data": _sources(file, cutter, workspace),
-        "held_out": [_says(_card(name, workspace)) for name in file.held_out],
+    data = file.data(workspace)
+    facts: dict[str, Any] = {
+        "data": data.sources(),
+        "held_out": data.says(),
         "budget": {
             "images": training.progress.images,
             "seconds": round(training.progress.seconds),
             "precision": str(training.precision).removeprefix("torch."),
         },
-        "denoising": _errors(file, network, cutter, workspace),
+        "denoising": _errors(file, network, data),
         "unfit_for": file.unfit_for,
         "weights_licence": file.weights_licence,
         "notes": file.notes,
     }
+    if file.pixel_mm is not None:
+        facts["pixel_mm"] = file.pixel_mm
+    normalisation = file.normalisation
     prior = NetworkPrior(
-        Space(("y", "x"), (side, side), {}, file.unit),
+        data.space,
         Schedule(file.schedule.sigma_min, file.schedule.sigma_max),
         Card(file.name, file.summary, facts),
         network,
@@ -146,76 +174,28 @@ def export(file: TrainFile, training: Training, out: Path, workspace: Path | Non
     return prior
 
 
-def _errors(file: TrainFile, network: Any, cutter: Cutter, workspace: Path | None) -> list[dict[str, Any]]:  # noqa: ANN401
-    """Held-out errors of the network, of a Wiener filter fitted to the whole-slice cuts, and of doing nothing."""
-    whole = [(cut, slices) for cut, slices in cutter.cuts if cut.side[0] == slices.mu.shape[1]] or list(cutter.cuts)
-    wiener = Wiener.fit(_latent(file, Cutter(whole, cutter.size, cutter.seed).batch(0, _FIT_IMAGES)[0]))
+def _errors(file: TrainFile, network: Any, data: TrainingData) -> list[dict[str, Any]]:  # noqa: ANN401
+    """Held-out errors of the network, of a Wiener filter fitted to whole training images, and of doing nothing."""
+    wiener = Wiener.fit(_latent(file, data.whole(_FIT_IMAGES)))
     denoiser = network_denoiser(network.eval(), file.normalisation.sigma_data)
+    scale = file.normalisation.scale
     rows: list[dict[str, Any]] = []
-    for name in file.held_out:
-        physical, known = _held_out(file, name, workspace)
+    for name, (physical, known) in data.held_out().items():
         images = _latent(file, physical)
         for sigma in file.training.validation_sigmas:
             ours = denoising_error(denoiser, images, sigma, known=known)
             linear = denoising_error(wiener, images, sigma, known=known)
             nothing = denoising_error(lambda z, _: z, images, sigma, known=known)
-            row = {
-                "prior": ours,
-                "wiener": linear,
-                "identity": nothing,
-                "prior_physical": ours * file.normalisation.scale,
-            }
+            row = {"prior": ours, "wiener": linear, "identity": nothing}
+            if isinstance(scale, float):
+                row["prior_physical"] = ours * scale
             rows.append({"data": name, "sigma": sigma, **{key: float(f"{value:.4g}") for key, value in row.items()}})
     return rows
 
 
-def _cutter(file: TrainFile, workspace: Path | None) -> Cutter:
-    names = dict.fromkeys(cut.dataset for cut in file.cuts)
-    sources: dict[str, Slices] = {name: load_slices(_card(name, workspace), "train") for name in names}
-    return Cutter([(cut, sources[cut.dataset]) for cut in file.cuts], file.architecture.size, file.training.seed)
-
-
-def _sources(file: TrainFile, cutter: Cutter, workspace: Path | None) -> list[dict[str, Any]]:
-    total = sum(cut.share for cut in file.cuts)
-    rows = []
-    for name in dict.fromkeys(cut.dataset for cut in file.cuts):
-        card = _card(name, workspace)
-        slices = next(len(slices) for cut, slices in cutter.cuts if cut.dataset == name)
-        share = sum(cut.share for cut in file.cuts if cut.dataset == name) / total
-        rows.append(
-            {"name": name, "slices": slices, "share": round(share, 3), "licence": card.licence, "source": card.source}
-        )
-    return rows
-
-
-def _says(card: SliceCard) -> str:
-    part = "all of it" if card.use == "test" else f"the last {card.validation:.0%} of each group in file order"
-    return f"{card.name}: {part}"
-
-
-def _held_out(file: TrainFile, name: str, workspace: Path | None) -> tuple[Tensor, Tensor | None]:
-    """Held-out slices as area means of the prior's size in physical units (n, size, size), and where they are known."""
-    card = _card(name, workspace)
-    slices = load_slices(card, "test" if card.use == "test" else "validation")
-    factor, rest = divmod(slices.mu.shape[1], file.architecture.size)
-    if rest or factor < 1:
-        raise InputError(f"slices of {name} have {slices.mu.shape[1]} rows, not a multiple of {file.architecture.size}")
-    coarse = slices.coarsened(factor)
-    return torch.from_numpy(coarse.mu), None if coarse.valid is None else torch.from_numpy(coarse.valid)
-
-
-def _thinned(images: Tensor, most: int = 12) -> Tensor:
-    return images[:: max(1, len(images) // most)][:most]
-
-
 def _latent(file: TrainFile, x: Tensor) -> Tensor:
-    return (x - file.normalisation.shift) / file.normalisation.scale
-
-
-def _card(name: str, workspace: Path | None) -> SliceCard:
-    card = read_definition("datasets", find("datasets", name, workspace))
-    if not isinstance(card, SliceCard):
-        raise InputError(
-            f"the data set {name} holds no slices in HDF5; priors are trained on and measured with such files"
-        )
-    return card
+    """``(x - shift) / scale``, field by field where there is one number per field."""
+    shift, scale = (torch.tensor(v, dtype=x.dtype) for v in (file.normalisation.shift, file.normalisation.scale))
+    if shift.ndim or scale.ndim:
+        shift, scale = (v.reshape(-1, 1, 1) for v in (shift, scale))
+    return (x - shift) / scale

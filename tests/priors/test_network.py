@@ -110,7 +110,6 @@ def test_weights_depend_on_the_seed_alone_and_the_global_generator_is_left_alone
     [
         ({"channels": (32, 48)}, r"multiples of 32 and of the first one; got \(32, 48\)"),
         ({"channels": (32,)}, "heads of 64 channels; got 32"),
-        ({"size": 36, "channels": (32, 64, 64)}, "side 36 cannot be halved for 3 levels"),
         ({"family": "drunet"}, "exactly 4 levels"),
     ],
 )
@@ -124,8 +123,47 @@ def test_refuses_unknown_hyper_parameters():
         Architecture(family="adm", size=32, channels=(32, 64), blocks=1, depth=3)
 
 
-def test_refuses_volumes_and_senseless_scales():
-    with pytest.raises(InputError, match=r"images \(y, x\); got \(z=2"):
-        NetworkPrior(Space(("z", "y", "x"), (2, 4, 4)), Schedule(0.1, 1.0), Card("v"), Recorder(), sigma_data=0.5)
+def test_refuses_lists_and_senseless_scales():
+    space = Space(("time", "z", "y", "x"), (2, 2, 4, 4))
+    with pytest.raises(InputError, match=r"images \(y, x\) or \(field, y, x\); got \(time=2"):
+        NetworkPrior(space, Schedule(0.1, 1.0), Card("v"), Recorder(), sigma_data=0.5)
     with pytest.raises(InputError, match="sigma_data must be positive; got 0"):
         NetworkPrior(Space(("y", "x"), (4, 4)), Schedule(0.1, 1.0), Card("v"), Recorder(), sigma_data=0.0)
+
+
+@pytest.mark.parametrize("family", ["adm", "drunet"])
+def test_sides_that_cannot_be_halved_are_continued_and_cut(family):
+    channels = (32, 64) if family == "adm" else (8, 8, 8, 8)
+    odd = Architecture(family=family, size=(11, 13), fields=3, channels=channels, blocks=1, position=family == "adm")
+    network = trained_like(odd)
+    z = torch.randn(2, 3, 11, 13)
+    answer = network(z, torch.zeros(2))
+    assert answer.shape == z.shape
+    ny, nx = odd.padded
+    whole = Architecture(**{**odd.model_dump(), "size": (ny, nx)})
+    twin = build_network(whole)
+    twin.load_state_dict(network.state_dict())
+    continued = torch.nn.functional.pad(z, (0, nx - 13, 0, ny - 11), mode="replicate")
+    assert torch.equal(twin(continued, torch.zeros(2))[..., :11, :13], answer)
+
+
+def test_several_fields_have_their_own_units():
+    architecture = Architecture(family="adm", size=(8, 12), fields=2, channels=(32, 64), blocks=1)
+    space = Space(("variable", "lat", "lon"), (2, 8, 12), {"variable": ("p", "t")}, "mixed")
+    made = NetworkPrior(
+        space,
+        Schedule(0.01, 10.0),
+        Card("two"),
+        trained_like(architecture),
+        sigma_data=1.0,
+        shift=(1e5, 280.0),
+        scale=(900.0, 8.0),
+    )
+    z = torch.randn(3, 2, 8, 12)
+    x = made.decode(z)
+    assert torch.allclose(x[:, 0], 1e5 + 900 * z[:, 0]) and torch.allclose(x[:, 1], 280 + 8 * z[:, 1])
+    assert torch.allclose(made.encode(x), z, atol=1e-4)
+    assert torch.allclose(made.decode_linear(z)[:, 1], 8 * z[:, 1])
+    assert made.denoise(z, 0.5).shape == z.shape
+    with pytest.raises(InputError, match="one number or one per variable"):
+        NetworkPrior(space, Schedule(0.01, 10.0), Card("two"), Recorder(), sigma_data=1.0, scale=(1.0, 2.0, 3.0))

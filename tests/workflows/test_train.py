@@ -108,3 +108,88 @@ def test_slices_that_cannot_be_averaged_are_refused(lab):
     architecture = {**SETTINGS["architecture"], "size": 24}
     with pytest.raises(InputError, match="slices of discs have 32 rows, not a multiple of 24"):
         train(write(lab, architecture=architecture))
+
+
+FIELDS = {
+    **{key: SETTINGS[key] for key in ("name", "summary", "schedule", "training", "unfit_for", "weights_licence")},
+    "unit": "mixed",
+    "normalisation": {"shift": [10.0, 0.0], "scale": [2.0, 0.5], "sigma_data": 1.0},
+    "architecture": {"family": "adm", "size": [9, 11], "fields": 2, "channels": [32, 64], "blocks": 1},
+    "fields": {"dataset": "weather"},
+}
+
+
+def weather(folder):
+    """Two variables on a small grid, with land that never has a value, as a card and a file."""
+    import xarray as xr
+
+    rng = np.random.default_rng(0)
+    t = 10 + 2 * rng.standard_normal((20, 9, 11))
+    t[:, :2, :3] = np.nan
+    wind = 0.5 * rng.standard_normal((20, 9, 11))
+    dims = ("time", "lat", "lon")
+    coords = {"lat": np.linspace(50, 46, 9), "lon": np.arange(11.0)}
+    path = folder / "weather.nc"
+    xr.Dataset({"t": (dims, t), "u": (dims, wind)}, coords).to_netcdf(path, engine="h5netcdf")
+    card = {
+        "name": "weather",
+        "summary": "two variables",
+        "reader": "fields",
+        "file": "weather.nc",
+        "variables": ["t", "u"],
+        "units": ["degC", "m/s"],
+        "split": {"train": 0.5, "validation": 0.25},
+        "licence": "CC0",
+        "source": "drawn",
+        "sha256": sha256(path),
+    }
+    (folder / "datasets" / "weather.yaml").write_text(yaml.safe_dump(card))
+    return path
+
+
+def write_fields(folder, **changes):
+    path = folder / "priors" / "toy" / "train.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({**FIELDS, **changes}))
+    return path
+
+
+def test_fields_of_several_variables_become_a_prior(lab):
+    weather(lab)
+    path = write_fields(lab)
+    train(path)
+    prior = load_prior("toy")
+    assert prior.space.dims == ("variable", "lat", "lon") and prior.space.coords["variable"] == ("t", "u")
+    assert prior.space.coords["lat"][0] == 50.0 and prior.space.unit == "mixed"
+    assert prior.scale.flatten().tolist() == [2.0, 0.5]
+    assert prior.denoise(torch.zeros(1, 2, 9, 11), 1.0).shape == (1, 2, 9, 11)
+    facts = prior.card.facts
+    assert facts["data"][0]["slices"] == 10 and facts["held_out"] == ["weather: the last 25% in file order"]
+    # White noise of unit latent variance: the Wiener filter is the optimal denoiser, sigma/sqrt(1 + sigma^2).
+    row = facts["denoising"][1]
+    assert row["sigma"] == 1.0 and row["wiener"] == pytest.approx(1 / np.sqrt(2), rel=0.15)
+    assert "prior_physical" not in row
+
+
+def test_land_is_marked_as_unknown(lab):
+    weather(lab)
+    values, known = read_train_file(write_fields(lab)).data(None).batch(0, 3)
+    assert (known[:, 0, :2, :3] == 0).all() and (known[:, 1] == 1).all() and (known[:, 0, 2:] == 1).all()
+    assert torch.isfinite(values).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"architecture": {**FIELDS["architecture"], "size": [9, 12]}}, "architecture has size"),
+        ({"architecture": {**FIELDS["architecture"], "fields": 1}}, "fields 1"),
+        ({"fields": {"dataset": "weather", "phase": 0.5}}, "a phase is given to one magnitude"),
+        ({"fields": {"dataset": "discs"}}, "holds no gridded fields"),
+        ({"cuts": SETTINGS["cuts"]}, "either cuts"),
+        ({"fields": {"dataset": "weather"}, "held_out": ["discs"]}, "held_out and pixel_mm belong to cuts"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(lab, changes, text):
+    weather(lab)
+    with pytest.raises(InputError, match=text):
+        read_train_file(write_fields(lab, **changes)).data(None)
