@@ -45,7 +45,7 @@ class TrainingData(Protocol):
         """What the card says of the held-out images."""
 
 
-class SliceData:
+class SliceData(TrainingData):
     """Cuts of CT slices, brought to one size.  Raises InputError for data sets that are missing or not slices."""
 
     def __init__(
@@ -101,7 +101,7 @@ class SliceData:
         return torch.from_numpy(coarse.mu), None if coarse.valid is None else torch.from_numpy(coarse.valid)
 
 
-class FieldData:
+class FieldData(TrainingData):
     """Fields of one data set; its validation part is the curve, its test part the card's figures.
 
     Raises InputError for a data set that is missing or holds no fields.
