@@ -57,7 +57,7 @@ def test_the_wheel_carries_definitions_templates_and_types(wheel: Path) -> None:
     }
     assert len(wanted) > 8
     assert wanted <= names
-    data = [p for p in (ROOT / "recon").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
+    data = [p for p in (ROOT / "recon").rglob("*") if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts]
     assert {p.suffix for p in data} >= {".typed", ".j2"}
     assert {p.relative_to(ROOT).as_posix() for p in data} <= names
 
