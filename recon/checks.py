@@ -94,6 +94,32 @@ def check_gradient(A: Operator, x: Tensor | None = None, tolerance: float | None
     return figure
 
 
+def check_taylor(A: Operator, x: Tensor | None = None, tolerance: float = 0.1) -> float:
+    """``A(x + h d) = A(x) + h J d + O(h^2)``: the norm of the remainder has slope 2 in ``h``, slope 1 for a wrong J.
+
+    x: (n, *domain.shape), where to look; standard normal numbers when left out.  ``J d`` is autograd's, by two backward passes.
+    The slope is that of the last octaves of ``h`` at which the remainder stands clear of rounding, so look in double: it finds
+    a derivative wrong by 1e-6 there.
+    Returns the smallest slope of any draw (infinite where nothing remains, as for linear operators).
+    Raises CheckFailed when it falls short of 2 by more than ``tolerance``.
+    """
+    x = _probe(A, A.domain, 0) if x is None else x
+    d = _probe(A, A.domain, 2, len(x)).to(x)
+    start, along = _double(A.A(x)), _double(_derivative(A, x, d))
+    floor = 1e3 * torch.finfo(x.dtype.to_real()).eps * (_norm(start) + _norm(along))
+    remainders = []
+    for power in range(1, 60):
+        h = 0.5**power
+        remainders.append(_norm(_double(A.A(x + h * d)) - start - h * along))
+        if not bool((remainders[-1] > floor).any()):
+            break
+    slope = min(
+        (_slope(row, float(low)) for row, low in zip(torch.stack(remainders, 1), floor, strict=True)), default=math.inf
+    )
+    _judge(A, f"the slope {slope:.3g} of the Taylor remainder, subtracted from 2,", 2 - slope, tolerance)
+    return slope
+
+
 def check_batch(
     function: Callable[..., Any], inputs: Tensor | Sequence[Tensor], tolerance: float | None = None
 ) -> float:
@@ -213,6 +239,29 @@ def _backward(function: Callable[[Tensor], Tensor], at: Tensor, v: Tensor) -> Te
         if not out.requires_grad:
             raise CheckFailed(f"{_name(function)} cuts the graph: its answer has no gradient")
         return torch.autograd.grad(out, point, v)[0].detach()
+
+
+def _derivative(A: Operator, x: Tensor, d: Tensor) -> Tensor:
+    """``J d`` at ``x``: the derivative of ``w -> <J^T w, d>``."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        out = A.A(point)
+        if not out.requires_grad:
+            raise CheckFailed(f"{A.describe()} cuts the graph: its answer has no gradient")
+        w = torch.zeros_like(out, requires_grad=True)
+        (back,) = torch.autograd.grad(out, point, w, create_graph=True)
+        return torch.autograd.grad(back, w, d)[0].detach()
+
+
+def _slope(remainders: Tensor, floor: float) -> float:
+    """Of the last three octaves above ``floor``, infinite where there are none; NaN counts as no slope at all."""
+    if not bool(torch.isfinite(remainders).all()):
+        return 0.0
+    clear = int((remainders > floor).long().cumprod(0).sum())
+    if clear < 2:
+        return math.inf
+    first = max(0, clear - 4)
+    return float(torch.log2(remainders[first] / remainders[clear - 1])) / (clear - 1 - first)
 
 
 def _same(A: Operator, what: str, got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

@@ -186,7 +186,13 @@ def _interpolate(place: Tensor, values: Tensor, level: float) -> Tensor:
     return v0 + share * (v1 - v0)
 
 
-_FACTORS = {"x": (1e3, "mm"), "y": (1e3, "mm"), "z": (1e3, "mm"), "detector": (1e3, "mm"), "angle": (180 / np.pi, "degree")}
+_FACTORS = {
+    "x": (1e3, "mm"),
+    "y": (1e3, "mm"),
+    "z": (1e3, "mm"),
+    "detector": (1e3, "mm"),
+    "angle": (180 / np.pi, "degree"),
+}
 _NAMED = {"lat": "degrees_north", "lon": "degrees_east"}
 
 

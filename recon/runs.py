@@ -128,7 +128,9 @@ class Checkpoints:
             path = self.folder / manifest["step_folder"] / _name(b)
             try:
                 if sha256(path) != manifest["blocks"][str(b)]:
-                    raise InputError(f"checkpoint {path} is damaged (its sha256 is not the manifest's); start a new run")
+                    raise InputError(
+                        f"checkpoint {path} is damaged (its sha256 is not the manifest's); start a new run"
+                    )
                 states[b] = State.from_tensors(load_file(path))
             except (OSError, KeyError, SafetensorError) as error:
                 raise InputError(f"checkpoint {path} cannot be read: {error}; start a new run") from error
@@ -145,7 +147,9 @@ class Checkpoints:
             self.save(done, states)
             self._last = time.monotonic()
         if stop:
-            raise Stopped(f"stopped at step {done} of {steps} with a checkpoint; go on with: recon resume {self.folder.parent}")
+            raise Stopped(
+                f"stopped at step {done} of {steps} with a checkpoint; go on with: recon resume {self.folder.parent}"
+            )
 
     def save(self, step: int, states: dict[int, State]) -> None:
         """Write all blocks, then the manifest, then remove older ones; collective."""

@@ -24,9 +24,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise InputError(
-                f"a Schedule needs 0 < sigma_min < sigma_max; got {self.sigma_min} and {self.sigma_max}"
-            )
+            raise InputError(f"a Schedule needs 0 < sigma_min < sigma_max; got {self.sigma_min} and {self.sigma_max}")
 
 
 @dataclass(frozen=True)

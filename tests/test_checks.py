@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from recon.checks import check_adjoint, check_batch, check_gradient, check_linear, check_normal, check_pickle
+from recon.checks import (
+    check_adjoint,
+    check_batch,
+    check_gradient,
+    check_linear,
+    check_normal,
+    check_pickle,
+    check_taylor,
+)
 from recon.errors import CheckFailed, InputError
 from recon.likelihoods import GaussianLikelihood
 from recon.operators import LinearOperator, MatrixOperator, Operator
@@ -187,6 +195,46 @@ def test_gradients_of_nonlinear_models():
     assert check_gradient(Cubic()) < 1e-8
     assert check_gradient(Cubic(), x=2 + zoo.normal(3, 6)) < 1e-7
     assert check_gradient(Cubic().float()) < 1e-3
+
+
+class _CubeWithWrongBackward(torch.autograd.Function):
+    """``x^3`` whose gradient is off by a hundred-thousandth."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return (3 + 3e-5) * x**2 * grad
+
+
+class CubeWithWrongBackward(Cubic):
+    def apply(self, x):
+        return _CubeWithWrongBackward.apply(x) @ self.matrix.T
+
+
+def test_the_taylor_remainder_falls_with_the_square():
+    """Slope 2 for curvature; 3 where it vanishes (the cube at zero); nothing remains of a linear operator."""
+    assert check_taylor(Cubic()) == pytest.approx(2, abs=1e-3)
+    assert check_taylor(Cubic().float()) == pytest.approx(2, abs=0.1)
+    assert check_taylor(CubeWithWrongBackward(), x=torch.zeros(3, 6, dtype=torch.float64)) == pytest.approx(3, abs=1e-3)
+    assert check_taylor(right()) == check_taylor(right(torch.float32)) == float("inf")
+
+
+def test_a_wrong_derivative_leaves_a_slope_of_one():
+    with pytest.raises(CheckFailed, match=r"the slope 0\.9\d+ of the Taylor remainder, subtracted from 2, gives 1\.0"):
+        check_taylor(CubeWithWrongBackward())
+    with pytest.raises(CheckFailed, match=r"the slope 1 of the Taylor remainder"):
+        check_taylor(make(OtherBackward))
+    with pytest.raises(CheckFailed, match="cuts the graph"):
+        check_taylor(CutGraph())
+    broken = Cubic()
+    broken.matrix[0, 0] = torch.nan
+    with pytest.raises(CheckFailed, match="the slope 0 of the Taylor remainder"):
+        check_taylor(broken)
 
 
 def test_nan_never_passes():

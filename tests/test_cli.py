@@ -104,16 +104,24 @@ def test_usage_errors_end_with_2(arguments: list[str], capsys: pytest.CaptureFix
 
 
 def test_run_passes_what_was_asked(pipeline: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "w.yaml", "--out", "o", "--set", "a.b=1", "--set", "c=2", "--overwrite", "--workspace", "ws"]) == 0
+    assert (
+        main(["run", "w.yaml", "--out", "o", "--set", "a.b=1", "--set", "c=2", "--overwrite", "--workspace", "ws"]) == 0
+    )
     assert pipeline.calls == [
-        ("run", ("w.yaml",), {"out": Path("o"), "overrides": ["a.b=1", "c=2"], "overwrite": True, "workspace": Path("ws")})
+        (
+            "run",
+            ("w.yaml",),
+            {"out": Path("o"), "overrides": ["a.b=1", "c=2"], "overwrite": True, "workspace": Path("ws")},
+        )
     ]
     assert capsys.readouterr().out == "runs/x\n"
 
 
 def test_run_without_options(pipeline: SimpleNamespace) -> None:
     assert main(["run", "w.yaml"]) == 0
-    assert pipeline.calls == [("run", ("w.yaml",), {"out": None, "overrides": [], "overwrite": False, "workspace": None})]
+    assert pipeline.calls == [
+        ("run", ("w.yaml",), {"out": None, "overrides": [], "overwrite": False, "workspace": None})
+    ]
 
 
 def test_demo_runs_the_shipped_workflow(pipeline: SimpleNamespace) -> None:
@@ -190,11 +198,19 @@ def test_debug_shows_where_bad_input_was_found(pipeline: SimpleNamespace, capsys
     [
         ("steps: 4", "stebs: 4", ["w.yaml:6:25: sampler.stebs: unknown key (did you mean 'steps'?)"]),
         ("steps: 4", "steps: four", ["w.yaml:6:32: sampler.steps: expected a whole number; got 'four'"]),
-        ("prior: tiny", "prior: tinny", ["w.yaml:5:8: prior: there is no 'tinny' among the priors", "did you mean 'tiny'?"]),
+        (
+            "prior: tiny",
+            "prior: tinny",
+            ["w.yaml:5:8: prior: there is no 'tinny' among the priors", "did you mean 'tiny'?"],
+        ),
         ("few_views", "few_vews", ["w.yaml:3:13: problem.operator: there is no 'few_vews' among the operators"]),
         ("some_slice", "a_slice", ["w.yaml:2:12: problem.dataset: there is no 'a_slice' among the datasets"]),
         ("prior: tiny", "prior: tiny\nprior: tiny", ["w.yaml:6:1: prior: this key was already given in line 5"]),
-        ("prior: tiny", "pior: tiny\ndraws: x", ["w.yaml:5:1: pior: unknown", "6:8: draws:", "prior: this key is missing"]),
+        (
+            "prior: tiny",
+            "pior: tiny\ndraws: x",
+            ["w.yaml:5:1: pior: unknown", "6:8: draws:", "prior: this key is missing"],
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "check"])
@@ -214,7 +230,11 @@ def test_bad_workflows(
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("absent.yaml", "absent.yaml: there is no such file"), ("empty.yaml", "file is empty"), ("demmo", "did you mean 'demo'?")],
+    [
+        ("absent.yaml", "absent.yaml: there is no such file"),
+        ("empty.yaml", "file is empty"),
+        ("demmo", "did you mean 'demo'?"),
+    ],
 )
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_files_that_are_not_there(

@@ -59,7 +59,9 @@ def test_quantiles_are_symmetric_and_shift_with_the_data() -> None:
 def test_resampling_keeps_the_mean_and_repeats_itself() -> None:
     e = ensemble(weighted=True)
     many = e.resample(20_000, seed=3)
-    assert float((many.mean() - e.mean()).abs().max()) < 2 * float(e.x.abs().max()) * 9 / 20_000  # systematic: < 1 copy each
+    assert (
+        float((many.mean() - e.mean()).abs().max()) < 2 * float(e.x.abs().max()) * 9 / 20_000
+    )  # systematic: < 1 copy each
     assert (many.x == e.resample(20_000, seed=3).x).all() and many.info["resampled_from"] == 9
 
 

@@ -27,7 +27,9 @@ def test_gaussian_posterior_is_the_normal_equations() -> None:
     exact = recon.Posterior(prior, like).exact()
     matrix = like.operator.matrix
     precision = torch.linalg.inv(prior.covariance()) + matrix.T @ matrix / 0.3**2
-    mean = torch.linalg.solve(precision, torch.linalg.solve(prior.covariance(), prior.mean) + matrix.T @ like.y / 0.3**2)
+    mean = torch.linalg.solve(
+        precision, torch.linalg.solve(prior.covariance(), prior.mean) + matrix.T @ like.y / 0.3**2
+    )
     torch.testing.assert_close(exact.covariance(), torch.linalg.inv(precision))
     torch.testing.assert_close(exact.mean, mean)
 
@@ -65,13 +67,19 @@ def unmatched() -> MatrixOperator:
 @pytest.mark.parametrize(
     ("build", "text"),
     [
-        (lambda p: recon.Posterior(GaussianPrior(double(4), double(4)), problem()), r"\(component=4\).*\(component=5\)"),
+        (
+            lambda p: recon.Posterior(GaussianPrior(double(4), double(4)), problem()),
+            r"\(component=4\).*\(component=5\)",
+        ),
         (
             lambda p: recon.Posterior(GaussianPrior(double(5), double(5), Space.vector(5, "K")), problem()),
             "unit 'K' against '1'",
         ),
         (lambda p: recon.Posterior(p, problem().float()), "call likelihood.double"),
-        (lambda p: recon.Posterior(GaussianPrior(double(5).float(), double(5).float()), problem()), "call likelihood.float"),
+        (
+            lambda p: recon.Posterior(GaussianPrior(double(5).float(), double(5).float()), problem()),
+            "call likelihood.float",
+        ),
     ],
 )
 def test_posterior_refuses(build, text: str) -> None:
@@ -83,7 +91,10 @@ def test_posterior_refuses(build, text: str) -> None:
 @pytest.mark.parametrize(
     ("like", "text"),
     [
-        (lambda: GaussianLikelihood(Squares(Space.vector(5), Space.vector(5)), double(5), 0.1), "needs a LinearOperator"),
+        (
+            lambda: GaussianLikelihood(Squares(Space.vector(5), Space.vector(5)), double(5), 0.1),
+            "needs a LinearOperator",
+        ),
         (lambda: GaussianLikelihood(unmatched(), double(3), 0.1), "matched=False"),
         (
             lambda: TransmissionLikelihood(MatrixOperator(double(3, 5)), double(3), 10.0),

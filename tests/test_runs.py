@@ -24,7 +24,9 @@ from recon.samplers.base import State
 def posterior() -> recon.Posterior:
     generator = torch.Generator().manual_seed(0)
     operator = MatrixOperator(torch.randn(3, 5, generator=generator))
-    return recon.Posterior(GaussianPrior(torch.zeros(5), torch.ones(5)), GaussianLikelihood(operator, torch.ones(3), 0.3))
+    return recon.Posterior(
+        GaussianPrior(torch.zeros(5), torch.ones(5)), GaussianLikelihood(operator, torch.ones(3), 0.3)
+    )
 
 
 def draw(sampler: Sampler, run: Checkpoints | None = None, workers: int = 1) -> Ensemble:

@@ -19,7 +19,9 @@ DEFINITIONS = ("*.yaml", "*.sh", "*/card.yaml", "*/train.yaml", "*/weights.safet
 
 def called(*command: object, cwd: Path | None = None) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RECON_", "PYTHONPATH"))}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -42,7 +44,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     called(sys.executable, "-m", "venv", "--without-pip", place)
     called(sys.executable, "-m", "pip", "--python", place, "install", "--quiet", "--no-deps", "--no-index", wheel)
     (site,) = place.glob("lib/python*/site-packages")
-    (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # a path only: its .pth files are not read
+    (site / "libraries.pth").write_text(
+        sysconfig.get_paths()["purelib"] + "\n"
+    )  # a path only: its .pth files are not read
     return place / "bin"
 
 
@@ -57,7 +61,9 @@ def test_the_wheel_carries_definitions_templates_and_types(wheel: Path) -> None:
     }
     assert len(wanted) > 8
     assert wanted <= names
-    data = [p for p in (ROOT / "recon").rglob("*") if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts]
+    data = [
+        p for p in (ROOT / "recon").rglob("*") if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts
+    ]
     assert {p.suffix for p in data} >= {".typed", ".j2"}
     assert {p.relative_to(ROOT).as_posix() for p in data} <= names
 
@@ -79,7 +85,9 @@ def test_what_the_wheel_asks_for(wheel: Path) -> None:
     assert any(line.startswith("torch") for line in needed)
     for optional in ("mpi", "astra", "deepinv", "pydicom"):
         assert not [line for line in needed if optional in line], f"{optional} must stay optional"
-    assert {"ct", "dicom", "networks", "mpi", "mpi-wheel", "laptop", "cluster"} <= set(metadata.get_all("Provides-Extra", []))
+    assert {"ct", "dicom", "networks", "mpi", "mpi-wheel", "laptop", "cluster"} <= set(
+        metadata.get_all("Provides-Extra", [])
+    )
     assert metadata["Requires-Python"] == ">=3.11"
 
 
@@ -87,7 +95,12 @@ def test_the_installed_command_finds_its_definitions(installed: Path, tmp_path: 
     where = called(installed / "python", "-c", "import recon; print(recon.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(installed.parent)
     listed = called(installed / "recon", "list", cwd=tmp_path)
-    for group, suffix in (("operators", "*.yaml"), ("datasets", "*.yaml"), ("workflows", "*.yaml"), ("priors", "*/card.yaml")):
+    for group, suffix in (
+        ("operators", "*.yaml"),
+        ("datasets", "*.yaml"),
+        ("workflows", "*.yaml"),
+        ("priors", "*/card.yaml"),
+    ):
         for path in (ROOT / group).glob(suffix):
             assert (path.parent.name if group == "priors" else path.stem) in listed
 

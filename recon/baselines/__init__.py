@@ -5,8 +5,24 @@ measurement on its own: neither the batch it travels in nor a neighbour's conver
 """
 
 from recon.baselines.backprojection import fbp
+from recon.baselines.fdk import fdk
 from recon.baselines.least_squares import cgls
+from recon.baselines.sense import adjoint_recon, cg_sense, coil_images, rss
 from recon.baselines.tuning import TunedTV, tune_tv
 from recon.baselines.variation import TVResult, TVSolver, total_variation, tv
 
-__all__ = ["TVResult", "TVSolver", "TunedTV", "cgls", "fbp", "total_variation", "tune_tv", "tv"]
+__all__ = [
+    "TVResult",
+    "TVSolver",
+    "TunedTV",
+    "adjoint_recon",
+    "cg_sense",
+    "cgls",
+    "coil_images",
+    "fbp",
+    "fdk",
+    "rss",
+    "total_variation",
+    "tune_tv",
+    "tv",
+]

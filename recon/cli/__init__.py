@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a prior as a train.yaml says")
     train.add_argument("file", type=Path, metavar="FILE")
     train.add_argument("--out", type=Path, metavar="DIR", help="the prior's folder (that of the file)")
-    train.add_argument("--fresh", dest="resume", action="store_false", help="start again instead of from the checkpoint")
+    train.add_argument(
+        "--fresh", dest="resume", action="store_false", help="start again instead of from the checkpoint"
+    )
     train.set_defaults(command=train_command)
 
     commands.add_parser("schema", help="print the JSON schema of workflow files").set_defaults(command=schema_command)
@@ -74,7 +76,12 @@ def parser() -> argparse.ArgumentParser:
 
 def _file_options(command: argparse.ArgumentParser, function: object) -> None:
     command.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="set a key of the file; repeatable"
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        help="set a key of the file; repeatable",
     )
     command.add_argument("--workspace", type=Path, metavar="DIR", help="a folder with definitions of your own")
     command.set_defaults(command=function)
@@ -161,7 +168,9 @@ def doctor_command(arguments: argparse.Namespace) -> None:
     _say("\n".join(str(finding) for finding in findings))
     broken = sum(finding.status == "fail" for finding in findings)
     if broken:
-        raise CheckFailed(f"{broken} thing{'s are' if broken > 1 else ' is'} broken here; the way out stands beside each")
+        raise CheckFailed(
+            f"{broken} thing{'s are' if broken > 1 else ' is'} broken here; the way out stands beside each"
+        )
 
 
 def _ended(folder: Path) -> int:

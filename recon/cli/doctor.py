@@ -64,7 +64,9 @@ def _torch() -> Iterator[Finding]:
     yield Finding("ok", "torch", f"{torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}")
     flags = _cpu_flags()
     fast = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
-    yield Finding("ok", "bf16", f"in hardware: {', '.join(fast)}" if fast else "not in hardware here; float32 is as fast")
+    yield Finding(
+        "ok", "bf16", f"in hardware: {', '.join(fast)}" if fast else "not in hardware here; float32 is as fast"
+    )
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         yield Finding("ok", "GPU", f"{len(names)} usable: {', '.join(names)} (CUDA {torch.version.cuda})")
@@ -93,7 +95,9 @@ def _threads() -> Iterator[Finding]:
     text = f"{allowed} of {present} cores may be used; torch starts with {used}"
     text += f" ({', '.join(f'{k}={v}' for k, v in said.items())})" if said else ""
     if allowed < present and not said:
-        yield Finding("warn", "threads", text + "; this process is bound: ask the launcher for more cores or --bind-to none")
+        yield Finding(
+            "warn", "threads", text + "; this process is bound: ask the launcher for more cores or --bind-to none"
+        )
     else:
         yield Finding("ok", "threads", text)
 
@@ -143,13 +147,19 @@ def _hdf5() -> Iterator[Finding]:
 def _folder() -> Iterator[Finding]:
     free = shutil.disk_usage(".").free
     text = f"{free / 1e9:.1f} GB free in {Path.cwd()}"
-    yield Finding("ok", "disk", text) if free > _ROOMY else Finding("warn", "disk", f"{text}; recon check says what is needed")
+    yield (
+        Finding("ok", "disk", text)
+        if free > _ROOMY
+        else Finding("warn", "disk", f"{text}; recon check says what is needed")
+    )
 
 
 def _priors() -> Iterator[Finding]:
     found = available("priors")
     if not found:
-        yield Finding("warn", "priors", "none found: set RECON_WORKSPACE to a folder with priors/, or train one (recon train)")
+        yield Finding(
+            "warn", "priors", "none found: set RECON_WORKSPACE to a folder with priors/, or train one (recon train)"
+        )
     for name, folder in found.items():
         yield _prior(name, folder)
 
@@ -164,8 +174,12 @@ def _prior(name: str, folder: Path) -> Finding:
     if stated is None:
         return Finding("fail", what, f"{name}: {folder / 'card.yaml'} states no weights.sha256; copy the prior again")
     if not weights.is_file():
-        return Finding("fail", what, f"{name}: there is no file {weights}; copy it there, or recon train {folder}/train.yaml")
+        return Finding(
+            "fail", what, f"{name}: there is no file {weights}; copy it there, or recon train {folder}/train.yaml"
+        )
     held = sha256(weights)
     if held != stated:
-        return Finding("fail", what, f"{name}: {weights} has sha256 {held}, not the one on its card ({stated}); copy it again")
+        return Finding(
+            "fail", what, f"{name}: {weights} has sha256 {held}, not the one on its card ({stated}); copy it again"
+        )
     return Finding("ok", what, f"{name} in {folder}, sha256 verified")

@@ -53,7 +53,9 @@ class Machine:
         """Look at the machine; starts a few short processes."""
         launched, variable = launched_size(environ)
         wheels = tuple(name for name in _WHEELS if _version(name))
-        seen = cls(None, wheels, launched=launched, variable=variable, job=bool({"SLURM_JOB_ID", "PBS_JOBID"} & environ.keys()))
+        seen = cls(
+            None, wheels, launched=launched, variable=variable, job=bool({"SLURM_JOB_ID", "PBS_JOBID"} & environ.keys())
+        )
         if find_spec("mpi4py") is None:
             return seen
         loads, library = _said([sys.executable, "-c", _LIBRARY])
@@ -75,7 +77,11 @@ class Machine:
 
 def mpi_findings(machine: Machine) -> Iterator[tuple[Status, str]]:
     """What is to be said about ``machine``: (ok, warn or fail; text with the way out)."""
-    under = f"this process is one of {machine.launched} ({machine.variable}={machine.launched})" if machine.launched > 1 else ""
+    under = (
+        f"this process is one of {machine.launched} ({machine.variable}={machine.launched})"
+        if machine.launched > 1
+        else ""
+    )
     if under:
         yield "ok", under
     if machine.mpi4py is None:
@@ -111,7 +117,9 @@ def mpi_findings(machine: Machine) -> Iterator[tuple[Status, str]]:
 def _said(command: list[str]) -> tuple[bool, str]:
     """Whether ``command`` ended well within 30 s, and what it printed (its errors when it did not)."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, check=False, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return False, str(error)
     return done.returncode == 0, (done.stdout if done.returncode == 0 else done.stderr or done.stdout).strip()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recon.diagnostics.fit import DataFit, data_fit
+from recon.diagnostics.fit import DataFit, data_fit, source_fits
 from recon.diagnostics.images import nrmse, psnr, rmse, ssim
 from recon.diagnostics.spread import (
     Spread,
@@ -21,6 +21,7 @@ __all__ = [
     "coverage",
     "crps",
     "data_fit",
+    "source_fits",
     "determined",
     "ensemble_spread",
     "mean_error",

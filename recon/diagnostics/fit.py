@@ -26,7 +26,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from recon.ensemble import Ensemble
 from recon.errors import InputError
-from recon.likelihoods import GaussianLikelihood, Likelihood
+from recon.likelihoods import GaussianLikelihood, Likelihood, StackedLikelihood
 from recon.operators.base import LinearOperator
 from recon.space import Space
 
@@ -46,11 +46,12 @@ Verdict = Literal["fits", "data not fitted", "noise fitted", "undefined"]
 class DataFit:
     """How the draws of an ensemble fit the data; made by ``data_fit``.
 
-    statistic: "chi2" or "Poisson deviance".  chi2: (draw,).  data: the number m of data.  expected, variance: of the statistic
-    of one exact draw (chi2: m, 2 m).  ratio: weighted mean of chi2 over ``expected``.  mean_chi2: of the posterior mean; expect
-    ``m - d_eff``, not m.  view_dim, per_view, per_view_sd: the ratio along the first dim of the measurement, averaged over
-    draws, and the sd of one exact draw.  residual: whitened, averaged over draws, *range.shape.  autocorrelation and its sd:
-    lag 1, per dim.  signal_freedom: d_eff estimated from the draws (linear operator, Gaussian noise).
+    statistic: "chi2", "Poisson deviance", or "chi2 + Poisson deviance".  chi2: (draw,).  data: the number m of data.
+    expected, variance: of the statistic of one exact draw (chi2: m, 2 m).  ratio: weighted mean of chi2 over ``expected``.
+    mean_chi2: of the posterior mean; expect ``m - d_eff``, not m.  view_dim, per_view, per_view_sd: the ratio along the first
+    dim of the measurement, averaged over draws, and the sd of one exact draw.  residual: whitened, averaged over draws,
+    *range.shape.  autocorrelation and its sd: lag 1, per dim.  signal_freedom: d_eff estimated from the draws (linear
+    operator, Gaussian noise).
     """
 
     statistic: str
@@ -122,7 +123,8 @@ class DataFit:
 def data_fit(likelihood: Likelihood, ensemble: Ensemble, false_alarm: float = 1e-3) -> DataFit:
     """Compare the residuals of an ensemble with the noise they should look like.
 
-    likelihood: Gaussian, or counts (``counts`` and ``expected(x)``); any other through its ``gaussian()`` form.
+    likelihood: Gaussian, counts (``counts`` and ``expected(x)``), or a stack of such; any other through its ``gaussian()``
+    form.  A stack is judged as a whole, datum by datum in one line (``source_fits`` judges each source).
     false_alarm: probability, per verdict, of blaming an exact sampler.  Raises InputError when the likelihood's operator does
     not take the ensemble's arrays, the rate is outside (0, 1), or the likelihood has no residual.
     """
@@ -132,8 +134,7 @@ def data_fit(likelihood: Likelihood, ensemble: Ensemble, false_alarm: float = 1e
     difference = operator.domain.mismatch(ensemble.space)
     if difference:
         raise InputError(f"the ensemble is not on the operator's domain: {difference}")
-    if not _counts(likelihood):
-        likelihood = likelihood.gaussian()
+    likelihood = _judged(likelihood)
     x, weights = ensemble.x.detach(), ensemble.weights
     sums = _Sums(operator.range)
     with torch.no_grad():
@@ -142,6 +143,15 @@ def data_fit(likelihood: Likelihood, ensemble: Ensemble, false_alarm: float = 1e
             sums.add(_terms(likelihood, x[block]), weights[block])
         mean_chi2 = float(_terms(likelihood, ensemble.mean().detach()[None]).square.sum())
     return _collect(likelihood, sums, weights, mean_chi2, false_alarm)
+
+
+def source_fits(likelihood: StackedLikelihood, ensemble: Ensemble, false_alarm: float = 1e-3) -> tuple[DataFit, ...]:
+    """The fit of every source of a stack, in its order; ``false_alarm`` is shared between them.
+
+    Raises InputError as ``data_fit`` does.
+    """
+    sources = likelihood.sources
+    return tuple(data_fit(source, ensemble, false_alarm / len(sources)) for source in sources)
 
 
 @dataclass(frozen=True)
@@ -161,14 +171,46 @@ def _counts(likelihood: Likelihood) -> bool:
     return hasattr(likelihood, "counts") and hasattr(likelihood, "expected")
 
 
-def _terms(likelihood: Any, x: Tensor) -> _Terms:  # noqa: ANN401  (a Gaussian likelihood or one of counts)
+def _mixed(likelihood: Likelihood) -> TypeGuard[StackedLikelihood]:
+    """Whether the sources differ in law, so that each has its own terms."""
+    return isinstance(likelihood, StackedLikelihood) and not isinstance(likelihood, GaussianLikelihood)
+
+
+def _judged(likelihood: Likelihood) -> Likelihood:
+    """``likelihood`` in the form whose residuals are judged."""
+    if _mixed(likelihood):
+        return StackedLikelihood([_judged(source) for source in likelihood.sources])
+    return likelihood if _counts(likelihood) else likelihood.gaussian()
+
+
+def _statistic(likelihood: Likelihood) -> str:
+    if _mixed(likelihood):
+        return " + ".join(sorted({_statistic(source) for source in likelihood.sources}, reverse=True))
+    return "Poisson deviance" if _counts(likelihood) else "chi2"
+
+
+def _stacked_terms(likelihood: StackedLikelihood, x: Tensor) -> _Terms:
+    parts = [_terms(source, x) for source in likelihood.sources]
+    ends = (-1, 2) if likelihood.operator.range.complex else (-1,)
+
+    def line(name: str) -> Tensor:
+        return torch.cat([getattr(part, name).reshape(len(x), *ends) for part in parts], dim=1)
+
+    return _Terms(line("residual"), line("square"), line("expected"), line("variance"))
+
+
+def _terms(likelihood: Any, x: Tensor) -> _Terms:  # noqa: ANN401  (a Gaussian likelihood, one of counts, or a stack)
+    if _mixed(likelihood):
+        return _stacked_terms(likelihood, x)
     if not _counts(likelihood):
         r = likelihood.residual(x.to(likelihood.measured)) / likelihood.sigma
         r = (torch.view_as_real(r) if r.is_complex() else r).double().cpu()
         one = torch.ones((), dtype=torch.float64).expand_as(r)
         return _Terms(r, r.square(), one, 2 * one)
     k = likelihood.counts.double().cpu()
-    rate = likelihood.expected(x.to(likelihood.counts)).double().cpu().clamp(min=1e-12)
+    # Draws may have rates that no object has; they are judged at the lowest that their likelihood takes as it is.
+    lowest = getattr(likelihood, "floor", 1e-12)
+    rate = likelihood.expected(x.to(likelihood.counts)).double().cpu().clamp(min=lowest)
     deviance = (2 * (torch.special.xlogy(k, k / rate) - (k - rate))).clamp(min=0.0)
     expected, variance = (torch.from_numpy(v) for v in _deviance_moments(rate.numpy()))
     return _Terms((k - rate) / rate.sqrt(), deviance, expected, variance)
@@ -235,7 +277,7 @@ def _collect(likelihood: Likelihood, sums: _Sums, weights: Tensor, mean_chi2: fl
     if linear and distinct > 1e-6:  # 0 where one draw has all the weight
         freedom = (float((weights * chi2).sum()) - mean_chi2) / distinct
     return DataFit(
-        statistic="Poisson deviance" if _counts(likelihood) else "chi2",
+        statistic=_statistic(likelihood),
         chi2=chi2,
         data=data,
         expected=total,

@@ -1,9 +1,63 @@
 """Physics: forward models with matched transposes, batched over draws."""
 
-from recon.operators.algebra import Stack
+from recon.operators.algebra import Diagonal, Joined, Stack
 from recon.operators.base import LinearOperator, Operator
+from recon.operators.beam_hardening import BeamHardening
+from recon.operators.blur import Blur
+from recon.operators.cartesian_mri import CartesianMRI
 from recon.operators.cg import CG
+from recon.operators.coarse_grain import CoarseGrain
+from recon.operators.cone_beam import ConeBeam, ConeGeometry, VectorGeometry
+from recon.operators.deepinv_bridge import from_deepinv
+from recon.operators.downsampling import Downsampling
+from recon.operators.fan_beam import FanBeam, FanGeometry
+from recon.operators.fourier import complex_grid
+from recon.operators.masked import Masked
 from recon.operators.matrix import MatrixOperator
+from recon.operators.non_cartesian_mri import NonCartesianMRI, WeightedGram
 from recon.operators.parallel_beam import ParallelBeam, ParallelGeometry
+from recon.operators.pde_residual import PDEResidual
+from recon.operators.phase_retrieval import CodedDiffraction, PhaseRetrieval
+from recon.operators.planar import PlanarVectors
+from recon.operators.point_sensors import PointSensors
+from recon.operators.scipy_bridge import from_scipy
+from recon.operators.sequence import Sequence
+from recon.operators.stations import Stations
+from recon.operators.whitening import Whitened, Whitening
 
-__all__ = ["CG", "LinearOperator", "MatrixOperator", "Operator", "ParallelBeam", "ParallelGeometry", "Stack"]
+__all__ = [
+    "BeamHardening",
+    "Blur",
+    "CG",
+    "CartesianMRI",
+    "CoarseGrain",
+    "CodedDiffraction",
+    "ConeBeam",
+    "ConeGeometry",
+    "Diagonal",
+    "Downsampling",
+    "FanBeam",
+    "FanGeometry",
+    "Joined",
+    "LinearOperator",
+    "Masked",
+    "MatrixOperator",
+    "NonCartesianMRI",
+    "Operator",
+    "ParallelBeam",
+    "ParallelGeometry",
+    "PDEResidual",
+    "PhaseRetrieval",
+    "PlanarVectors",
+    "PointSensors",
+    "Sequence",
+    "Stack",
+    "Stations",
+    "VectorGeometry",
+    "WeightedGram",
+    "Whitened",
+    "Whitening",
+    "complex_grid",
+    "from_deepinv",
+    "from_scipy",
+]

@@ -59,6 +59,15 @@ class Operator(nn.Module):
             raise InputError(f"{self.describe()}.{name} takes {kind} arrays; got {x.dtype}")
         return function(x.reshape(-1, *source.shape)).reshape(*batch, *target.shape)
 
+    def as_deepinv(self) -> Any:  # noqa: ANN401  (a class of a library that may be absent)
+        """A deepinv ``Physics`` (a ``LinearPhysics`` if linear) around this operator; see ``operators.deepinv_bridge``.
+
+        Raises InputError without deepinv.
+        """
+        from recon.operators.deepinv_bridge import as_deepinv
+
+        return as_deepinv(self)
+
     def describe(self) -> str:
         """One line that names the operator and its two spaces."""
         return f"{type(self).__name__} {self.domain.describe()} -> {self.range.describe()}"
@@ -159,6 +168,15 @@ class LinearOperator(Operator):
         for _ in range(iterations):
             x = self.normal(x / x.norm())
         return float(x.norm().sqrt())
+
+    def as_scipy(self) -> Any:  # noqa: ANN401  (scipy has no types)
+        """A ``scipy.sparse.linalg.LinearOperator`` (range.size, domain.size); see ``operators.scipy_bridge``.
+
+        Raises InputError where the operator is linear over the real numbers only.
+        """
+        from recon.operators.scipy_bridge import as_scipy
+
+        return as_scipy(self)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,10 +12,7 @@ and turn counter-clockwise: theta = 0 looks along y and its detector runs along 
 detector runs along +y.  Detector ``j`` of ``J`` sits at ``s_j = (j - (J - 1)/2) * spacing + offset``: a positive ``offset``
 shifts the detector towards growing ``s``, so the axis of rotation projects on column ``(J - 1)/2 - offset/spacing``.
 
-Projectors (ASTRA's CPU kernels, exported once as a sparse matrix, so the transpose is exact):
-"line": length of the ray through the detector's centre in each pixel; the fewest entries.
-"strip": mean over the detector's width; keeps the mass of every pixel exactly; right for detectors wider than a pixel.
-"linear": the ray samples the image with linear interpolation (Joseph 1982).
+Projectors: "line", "strip" and "linear", in ``planar``.
 """
 
 from __future__ import annotations
@@ -23,22 +20,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import numpy as np
-import torch
-from scipy.sparse import csr_matrix, vstack
-from torch import Tensor
 
-from recon.errors import InputError, need
-from recon.operators.base import LinearOperator
-from recon.operators.csr import SparsePair, pair_bytes
+from recon.errors import InputError
+from recon.operators.planar import (
+    PlanarBeam,
+    PlanarVectors,
+    Projector,
+    cells,
+    check_angles,
+    check_projector,
+    pixels,
+    reach,
+    whole,
+)
 from recon.space import Space
-
-Projector = Literal["line", "strip", "linear"]
-
-# ASTRA reserves the worst case per ray, so a whole scan at once would need several times the final memory.
-_VIEWS_PER_EXPORT = 16
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class ParallelGeometry:
     """Where the detectors are; a value: equal scans compare equal, and its repr builds it again.
 
     angles: radians.  detectors: how many per view.  spacing: between neighbours, m.  offset: of the detector's centre, m.
-    Raises InputError for anything that cannot be a scan.
+    Raises InputError for anything that cannot be a scan; warns (UserWarning) of angles that look like degrees.
     """
 
     angles: tuple[float, ...]
@@ -56,123 +54,126 @@ class ParallelGeometry:
     projector: Projector = "line"
 
     def __post_init__(self) -> None:
-        values = np.asarray(self.angles, dtype=np.float64)
-        if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
-            raise InputError(f"angles must be a non-empty list of finite numbers (radians); got {self.angles!r}")
-        if np.abs(values).max() > 4 * math.pi:
-            raise InputError(
-                f"angles are radians and reach {np.abs(values).max():g}, more than two turns; "
-                "if they are degrees, pass numpy.deg2rad(angles)"
-            )
-        if not float(self.detectors).is_integer() or self.detectors < 1:
-            raise InputError(f"detectors must be a positive whole number; got {self.detectors!r}")
+        object.__setattr__(self, "angles", check_angles(self.angles))
+        object.__setattr__(self, "detectors", whole(self.detectors, "detectors"))
         if not 0 < self.spacing < math.inf:
             raise InputError(f"detector spacing must be a positive length in metres; got {self.spacing!r}")
         if not math.isfinite(self.offset):
             raise InputError(f"detector offset must be a finite length in metres; got {self.offset!r}")
-        if self.projector not in get_args(Projector):
-            raise InputError(f"projector must be one of {', '.join(get_args(Projector))}; got {self.projector!r}")
-        object.__setattr__(self, "angles", tuple(values.tolist()))
-        object.__setattr__(self, "detectors", int(self.detectors))
+        check_projector(self.projector)
         object.__setattr__(self, "spacing", float(self.spacing))
         object.__setattr__(self, "offset", float(self.offset))
 
     @property
+    def fan(self) -> bool:
+        """Whether the rays of a view start at one point: they do not."""
+        return False
+
+    @property
+    def views(self) -> int:
+        """How many."""
+        return len(self.angles)
+
+    @property
     def positions(self) -> np.ndarray:
         """``s_j``: float64 (detectors,), metres."""
-        return (np.arange(self.detectors) - (self.detectors - 1) / 2) * self.spacing + self.offset
+        return cells(self.detectors) * self.spacing + self.offset
 
     @property
     def range(self) -> Space:
         """Sinograms (angle, detector) of line integrals, unit 1."""
         coords = {"angle": np.array(self.angles), "detector": self.positions}
-        return Space(("angle", "detector"), (len(self.angles), self.detectors), coords, "1")
+        return Space(("angle", "detector"), (self.views, self.detectors), coords, "1")
 
-    def vectors(self, pixel: float) -> np.ndarray:
-        """Rays, detector centres and detector steps in pixels, as ASTRA's ``parallel_vec`` wants them: (views, 6)."""
+    @property
+    def measured(self) -> PlanarVectors:
+        """The same scan, view by view."""
         cos, sin = np.cos(self.angles), np.sin(self.angles)
-        shift, step = self.offset / pixel, self.spacing / pixel
-        return np.stack([sin, -cos, shift * cos, shift * sin, step * cos, step * sin], axis=1)
+        rows = np.stack([sin, -cos, self.offset * cos, self.offset * sin, self.spacing * cos, self.spacing * sin], 1)
+        return PlanarVectors(cast(tuple[tuple[float, ...], ...], rows), self.detectors, "parallel", self.projector)
 
-    def entries(self, shape: tuple[int, int], pixel: float) -> float:
-        """Number of non-zero matrix entries to expect (an upper estimate, within ~10 % when every ray hits the image)."""
-        cos, sin = np.abs(np.cos(self.angles)), np.abs(np.sin(self.angles))
-        ny, nx = shape
-        step = self.spacing / pixel
-        per_pixel = {
-            "line": (cos + sin) / step,
-            "strip": (cos + sin) / step + 1,
-            "linear": 2 * np.maximum(cos, sin) / step,
-        }
-        longest = np.minimum(ny / np.maximum(cos, 1e-9), nx / np.maximum(sin, 1e-9))
-        per_ray = {
-            "line": longest * (cos + sin) + 1,
-            "strip": longest * (cos + sin + step) + 2,
-            "linear": 2.0 * max(ny, nx),
-        }
-        return float(np.minimum(ny * nx * per_pixel[self.projector], self.detectors * per_ray[self.projector]).sum())
+    def rays(self, first: int, last: int, edges: bool = False) -> np.ndarray:
+        """Points and directions of views, or of the borders between detectors: float64 (views, detectors (+ 1), 4), m."""
+        cos, sin = np.cos(self.angles[first:last])[:, None], np.sin(self.angles[first:last])[:, None]
+        s = cells(self.detectors, edges) * self.spacing + self.offset
+        return np.stack(np.broadcast_arrays(s * cos, s * sin, sin, -cos), axis=-1)
 
 
-class ParallelBeam(LinearOperator):
-    """Parallel-beam projections of a slice: ``y[a, j] = sum_p (length of ray (a, j) in pixel p) * mu[p]``.
+class ParallelBeam(PlanarBeam):
+    """Parallel-beam projections of a slice, or of every slice of a stack.
 
-    domain: a ``Space.grid(shape, pixel, "1/m")``.  angles: radians.  detectors: per view; None covers the diagonal.
-    spacing: of the detectors, m; None for the pixel.  offset: of the detector's centre, m.  limit: bytes the matrix may take.
-    Maps (*batch, y, x) in 1/m to (*batch, angle, detector), dimensionless; float32 (``.double()`` for float64).
+    domain: a ``Space.grid(shape, pixel, "1/m")``, (y, x) or (z, y, x).  angles: radians, or a whole scan, which brings the
+    numbers that follow.  detectors: per view; None covers the diagonal.  spacing: of the detectors, m; None for the pixel.
+    offset: of the detector's centre, m.  limit: bytes the matrix may take; above it the projection is computed on the fly.
+    Maps (*batch, [z,] y, x) in 1/m to (*batch, [z,] angle, detector), dimensionless; float32 (``.double()`` for float64).
 
-    Raises InputError for a domain or scan that makes no sense, a matrix above ``limit``, or without astra-toolbox.
-    Source: van Aarle et al. 2016 (ASTRA); conventions in the module's text.
+    Raises InputError for a domain or scan that makes no sense, or without numba.
+    Source: Kak and Slaney 1988, chapter 3; conventions in the module's text.
     """
+
+    geometry: Any  # a ParallelGeometry, or PlanarVectors of a measured scan
 
     def __init__(
         self,
         domain: Space,
-        angles: Sequence[float] | np.ndarray,
+        angles: Sequence[float] | np.ndarray | ParallelGeometry | PlanarVectors,
         detectors: int | None = None,
         spacing: float | None = None,
         offset: float = 0.0,
         projector: Projector = "line",
         limit: float = 4e9,
     ) -> None:
-        pixel = _pixel(domain)
+        if isinstance(angles, ParallelGeometry | PlanarVectors):
+            if angles.fan or (detectors, spacing, offset, projector) != (None, None, 0.0, "line"):
+                raise InputError(
+                    "ParallelBeam takes a whole scan with parallel rays, which brings its own detectors and projector; "
+                    f"got {angles!r:.200}, detectors={detectors}, spacing={spacing}, offset={offset}, projector={projector!r}"
+                )
+            super().__init__(domain, angles, limit)
+            self.geometry = angles
+            return
+        pixel = pixels(domain, "ParallelBeam").pixel
         spacing = pixel if spacing is None else spacing
         if detectors is None:
             if not 0 < spacing < math.inf:
                 raise InputError(f"detector spacing must be a positive length in metres; got {spacing!r}")
             detectors = covering(domain, spacing, offset)
         geometry = ParallelGeometry(cast(tuple[float, ...], angles), detectors, spacing, offset, projector)
-        super().__init__(domain, geometry.range)
-        self.geometry, self.pixel = geometry, pixel
-        _refuse_above(limit, self.bytes, geometry)
-        self.matrix = SparsePair(_export(domain, geometry, pixel))
+        super().__init__(domain, geometry, limit)
+        self.geometry = geometry
 
     @classmethod
-    def from_geometry(cls, domain: Space, geometry: ParallelGeometry, limit: float = 4e9) -> ParallelBeam:
-        """The operator of a ``ParallelGeometry``."""
-        g = geometry
-        return cls(domain, g.angles, g.detectors, g.spacing, g.offset, g.projector, limit)
+    def from_geometry(
+        cls, domain: Space, geometry: ParallelGeometry | PlanarVectors, limit: float = 4e9
+    ) -> ParallelBeam:
+        """The operator of a scan that is at hand.  Raises InputError for one of another kind."""
+        return cls(domain, geometry, limit=limit)
+
+    @classmethod
+    def from_vectors(
+        cls,
+        domain: Space,
+        vectors: Sequence[Sequence[float]] | np.ndarray,
+        detectors: int,
+        projector: Projector = "line",
+        limit: float = 4e9,
+    ) -> ParallelBeam:
+        """The operator of a measured scan.
+
+        vectors: (views, 6), metres, as ASTRA's ``parallel_vec``: direction of the rays, centre of the detector, step to the
+        next detector, x and y each; any of them may change from view to view.
+        """
+        rows = cast(tuple[tuple[float, ...], ...], vectors)
+        return cls.from_geometry(domain, PlanarVectors(rows, detectors, "parallel", projector), limit)
 
     @classmethod
     def half_turn(
-        cls, shape: tuple[int, int], pixel: float, views: int, arc: float = math.pi, projector: Projector = "line"
+        cls, shape: tuple[int, ...], pixel: float, views: int, arc: float = math.pi, projector: Projector = "line"
     ) -> ParallelBeam:
         """``views`` views evenly over ``[0, arc)`` radians of a centred image, detectors one pixel apart over the diagonal."""
         if views < 1:
             raise InputError(f"a scan needs at least one view; got {views}")
         return cls(Space.grid(shape, pixel, "1/m"), np.arange(views) * (arc / views), projector=projector)
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the matrix and its transpose, predicted from the geometry."""
-        ny, nx = self.domain.shape
-        entries = self.geometry.entries((ny, nx), self.pixel)
-        return pair_bytes(entries, self.range.size, self.domain.size, torch.float32)
-
-    def apply(self, x: Tensor) -> Tensor:
-        return self.matrix(x.flatten(1)).reshape(-1, *self.range.shape)
-
-    def apply_adjoint(self, y: Tensor) -> Tensor:
-        return self.matrix.transpose(y.flatten(1)).reshape(-1, *self.domain.shape)
 
 
 def covering(domain: Space, spacing: float, offset: float = 0.0) -> int:
@@ -180,59 +181,4 @@ def covering(domain: Space, spacing: float, offset: float = 0.0) -> int:
 
     ``2 (r + |offset|) / spacing`` rounded up, with ``r`` the distance from the axis of rotation to the farthest corner.
     """
-    half = _pixel(domain) / 2
-    y, x = (float(np.abs(np.asarray(domain.coords[dim])).max()) + half for dim in ("y", "x"))
-    return max(1, math.ceil(2 * (math.hypot(y, x) + abs(offset)) / spacing - 1e-9))
-
-
-def _pixel(domain: Space) -> float:
-    """Side of the square pixels of ``domain``; InputError when it is not a grid this operator can project."""
-    way_out = 'make it with Space.grid((ny, nx), pixel, "1/m")'
-    if domain.dims != ("y", "x"):
-        raise InputError(f"ParallelBeam projects one slice (y, x); got {domain.describe()}; {way_out}")
-    if domain.unit != "1/m":
-        raise InputError(f"ParallelBeam takes attenuation in 1/m; got unit {domain.unit!r}; {way_out}")
-    sides = [domain.spacing(dim) for dim, n in zip(domain.dims, domain.shape, strict=True) if n > 1]
-    if not sides or any(side is None or side <= 0 for side in sides) or not set(domain.dims) <= domain.coords.keys():
-        raise InputError(f"ParallelBeam needs evenly spaced y and x coordinates in metres; {way_out}")
-    pixel = float(sides[0] or 0.0)
-    if not math.isclose(pixel, float(sides[-1] or 0.0), rel_tol=1e-5):
-        raise InputError(f"ParallelBeam needs square pixels; got {sides[0]:g} m by {sides[-1]:g} m; {way_out}")
-    y, x = np.asarray(domain.coords["y"]), np.asarray(domain.coords["x"])
-    if (np.diff(y) > 0).any() or (np.diff(x) < 0).any():
-        raise InputError(f"ParallelBeam needs y falling from the first row to the last and x growing; {way_out}")
-    return pixel
-
-
-def _refuse_above(limit: float, size: int, geometry: ParallelGeometry) -> None:
-    if size > limit:
-        raise InputError(
-            f"the system matrix of {len(geometry.angles)} views x {geometry.detectors} detectors would take about "
-            f"{size / 1e9:.3g} GB, above the limit of {limit / 1e9:.3g} GB; use fewer views, detectors or pixels"
-            f"{'' if geometry.projector == 'line' else ', the line projector'}, or raise limit="
-        )
-
-
-def _export(domain: Space, geometry: ParallelGeometry, pixel: float) -> csr_matrix:
-    """The system matrix in metres (float32), rows (angle, detector), columns (y, x).  ASTRA's own copies are freed."""
-    astra: Any = need("astra", "ct")
-    ny, nx = domain.shape
-    x, y = np.asarray(domain.coords["x"]) / pixel, np.asarray(domain.coords["y"]) / pixel
-    volume = astra.create_vol_geom(ny, nx, x[0] - 0.5, x[-1] + 0.5, y[-1] - 0.5, y[0] + 0.5)
-    vectors = geometry.vectors(pixel)
-    parts = []
-    for first in range(0, len(vectors), _VIEWS_PER_EXPORT):
-        views = vectors[first : first + _VIEWS_PER_EXPORT]
-        scan = astra.create_proj_geom("parallel_vec", geometry.detectors, views)
-        projector = astra.create_projector(geometry.projector, scan, volume)
-        exported = astra.projector.matrix(projector)
-        try:
-            part = astra.matrix.get(exported).astype(np.float32)
-        finally:
-            astra.matrix.delete(exported)
-            astra.projector.delete(projector)
-        part.eliminate_zeros()
-        part.sort_indices()
-        part.data *= np.float32(pixel)
-        parts.append(part)
-    return vstack(parts, format="csr")
+    return max(1, math.ceil(2 * (reach(domain) + abs(offset)) / spacing - 1e-9))

@@ -18,6 +18,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from recon.errors import InputError
+from recon.operators.algebra import Diagonal
 from recon.operators.cg import CG
 from recon.posterior import Posterior
 from recon.samplers.base import Claim, GuidedSampler
@@ -50,9 +51,17 @@ class DiffPIR(GuidedSampler):
         operator = likelihood.linear("DiffPIR")
         start = prior.decode(posterior.denoise(z, sigma))
         weight = (1 / likelihood.sigma**2).expand(operator.range.shape)
-        pull = self.lam / (float(prior.scale) * sigma) ** 2
         # Solved for the correction x^ - x_D: right-hand side A^T S^-1 (y - A x_D), started at zero.
         residual = weight * (likelihood.y - posterior.forward(start))
         back = posterior.adjoint(operator, residual)
-        correction = operator.solve(back, pull, weight, cg=self.cg, watch=posterior.count_normal)
+        if prior.scale.ndim == 0:
+            pull = self.lam / (float(prior.scale) * sigma) ** 2
+            correction = operator.solve(back, pull, weight, cg=self.cg, watch=posterior.count_normal)
+        else:
+            # Fields in units of their own: solved for s^-1 (x^ - x_D), where the pull is the same for all of them.
+            scaled = operator @ Diagonal(prior.scale.to(start.dtype).expand(operator.domain.shape), operator.domain)
+            solved = scaled.solve(
+                prior.decode_linear(back), self.lam / sigma**2, weight, cg=self.cg, watch=posterior.count_normal
+            )
+            correction = prior.decode_linear(solved)
         return prior.encode(start + correction)

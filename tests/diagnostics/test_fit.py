@@ -15,7 +15,7 @@ from scipy import stats
 from recon.diagnostics import data_fit, fit
 from recon.ensemble import Ensemble
 from recon.errors import InputError
-from recon.likelihoods import GaussianLikelihood, TransmissionLikelihood
+from recon.likelihoods import GaussianLikelihood, PoissonLikelihood, StackedLikelihood, TransmissionLikelihood
 from recon.operators import MatrixOperator
 from recon.space import Space
 
@@ -225,3 +225,93 @@ def test_wrong_spaces_and_rates_are_refused():
         data_fit(problem.likelihood(), Ensemble(torch.zeros(2, D + 1).double(), Space.vector(D + 1)))
     with pytest.raises(InputError, match="false_alarm is a probability"):
         data_fit(problem.likelihood(), Ensemble(torch.zeros(2, D).double(), Space.vector(D)), 1.0)
+
+
+def emitting(seed: int, gain: float) -> fit.DataFit:
+    rng = np.random.default_rng(seed)
+    matrix = torch.tensor(np.abs(rng.normal(size=(M_DATA, D))) / D)
+    truth = torch.tensor(rng.uniform(0, 2, size=D))
+    counts = torch.tensor(rng.poisson(gain * (matrix @ truth) + 0.1)).double().reshape(RANGE.shape)
+    likelihood = PoissonLikelihood(MatrixOperator(matrix, range=RANGE), counts, gain, 0.1)
+    return data_fit(likelihood, Ensemble(truth[None], Space.vector(D)))
+
+
+@pytest.mark.parametrize("gain", [0.5, 20.0])
+def test_deviance_of_emitted_counts_has_the_expected_mean_and_sd(gain):
+    fits = [emitting(seed, gain) for seed in range(60)]
+    ratios, sd = np.array([f.ratio for f in fits]), np.mean([f.ratio_sd for f in fits])
+    bound = stats.norm.isf(FALSE_ALARM / 8)
+    assert fits[0].statistic == "Poisson deviance"
+    assert abs(ratios.mean() - 1) < bound * sd / math.sqrt(60)
+    assert ratios.std(ddof=1) / sd == pytest.approx(1, abs=bound / math.sqrt(2 * 59) * 1.5)
+
+
+def test_draws_with_rates_that_no_object_has_are_judged_at_the_floor():
+    counts = torch.tensor([[0.0, 2.0]]).double()
+    operator = MatrixOperator(torch.eye(2).double(), range=Space(("view", "detector"), (1, 2)))
+    likelihood = PoissonLikelihood(operator, counts, floor=0.05)
+    draws = torch.tensor([[-3.0, -1.0], [0.05, 0.05]]).double()
+    result = data_fit(likelihood, Ensemble(draws, Space.vector(2)))
+    assert float(result.chi2[0]) == pytest.approx(float(result.chi2[1]))
+    assert float(result.residual[0, 1]) == pytest.approx((2 - 0.05) / math.sqrt(0.05))
+
+
+class Sources:
+    """Three sources of one truth: numbers, complex numbers and counts."""
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.truth = torch.tensor(rng.uniform(0.5, 1.5, size=D))
+
+        def matrix(rows: int) -> torch.Tensor:
+            return torch.tensor(rng.uniform(size=(rows, D)) / D)
+
+        real = MatrixOperator(matrix(40))
+        wave = MatrixOperator(torch.complex(matrix(30), matrix(30)), None, Space(("coil", "k"), (5, 6), {}, "1", True))
+        photons = MatrixOperator(matrix(50))
+        noise = torch.complex(*torch.tensor(rng.normal(size=(2, 5, 6))))
+        self.parts = [
+            GaussianLikelihood(real, real.A(self.truth) + 0.1 * torch.tensor(rng.normal(size=40)), 0.1),
+            GaussianLikelihood(wave, wave.A(self.truth) + 0.2 * noise, 0.2),
+            PoissonLikelihood(photons, torch.tensor(rng.poisson(30 * photons.A(self.truth).numpy())).double(), 30.0),
+        ]
+
+    def ensemble(self) -> Ensemble:
+        return Ensemble(torch.stack([self.truth, self.truth]), Space.vector(D))
+
+
+def test_a_stack_is_judged_as_a_whole_and_by_source():
+    whole = [data_fit(StackedLikelihood(Sources(seed).parts), Sources(seed).ensemble()) for seed in range(60)]
+    ratios, sd = np.array([f.ratio for f in whole]), np.mean([f.ratio_sd for f in whole])
+    assert abs(ratios.mean() - 1) < stats.norm.isf(FALSE_ALARM / 2) * sd / math.sqrt(60)
+    problem, ensemble = Sources(0), Sources(0).ensemble()
+    like = StackedLikelihood(problem.parts)
+    one, each = whole[0], fit.source_fits(like, ensemble)
+    assert one.statistic == "chi2 + Poisson deviance"
+    assert [f.statistic for f in each] == ["chi2", "chi2", "Poisson deviance"]
+    assert one.data == sum(f.data for f in each) == 40 + 60 + 50
+    assert torch.allclose(one.chi2, sum(f.chi2 for f in each))
+    assert one.expected == pytest.approx(sum(f.expected for f in each))
+    assert one.variance == pytest.approx(sum(f.variance for f in each))
+    assert torch.allclose(one.residual, like.operator.join([f.residual for f in each]))
+    assert one.signal_freedom is None
+    assert {f.false_alarm for f in each} == {1e-3 / 3}
+    assert one.verdict == "fits"
+
+
+def test_a_bad_source_is_named_by_its_own_fit():
+    problem = Sources(1)
+    problem.parts[1] = GaussianLikelihood(problem.parts[1].operator, problem.parts[1].y + 0.4, 0.2)
+    verdicts = [f.verdict for f in fit.source_fits(StackedLikelihood(problem.parts), problem.ensemble())]
+    assert verdicts == ["fits", "data not fitted", "fits"]
+
+
+def test_a_stack_of_gaussians_is_one_gaussian():
+    problem, draws = Problem(11), Problem(11).draws(6)
+    like, ensemble = problem.likelihood(), Ensemble(torch.tensor(draws), Space.vector(D))
+    rows = like.operator.matrix.split(40)
+    values = like.y.flatten().split(40)
+    parts = [GaussianLikelihood(MatrixOperator(row), y, SIGMA) for row, y in zip(rows, values, strict=True)]
+    one, stacked = data_fit(like, ensemble), data_fit(StackedLikelihood(parts), ensemble)
+    assert torch.allclose(one.chi2, stacked.chi2)
+    assert stacked.signal_freedom == pytest.approx(one.signal_freedom)

@@ -7,7 +7,15 @@ import gc
 import pytest
 import torch
 
-from recon.checks import check_adjoint, check_batch, check_gradient, check_linear, check_normal, check_pickle
+from recon.checks import (
+    check_adjoint,
+    check_batch,
+    check_gradient,
+    check_linear,
+    check_normal,
+    check_pickle,
+    check_taylor,
+)
 from recon.errors import InputError
 from recon.operators import CG, LinearOperator, Operator
 from tests import zoo
@@ -30,6 +38,13 @@ def linear(operator) -> LinearOperator:
     if not isinstance(operator, LinearOperator):
         pytest.skip("not linear")
     return operator
+
+
+@pytest.fixture(scope="module")
+def nonlinear(operator) -> tuple[Operator, torch.dtype]:
+    if isinstance(operator, LinearOperator):
+        pytest.skip("linear")
+    return operator, next((b.dtype for b in operator.buffers() if b.is_floating_point()), torch.float32)
 
 
 def data(space, *batch, dtype, step=0):
@@ -66,6 +81,33 @@ def test_draws_do_not_meet(linear):
 
 def test_copies_compute_the_same(linear):
     check_pickle(linear, data(linear.domain, 2, dtype=linear.dtype))
+
+
+def test_draws_do_not_meet_in_a_nonlinear_operator(nonlinear):
+    operator, dtype = nonlinear
+    x, v = data(operator.domain, 5, dtype=dtype), data(operator.range, 5, dtype=dtype, step=1)
+    check_batch(operator.A, x)
+    check_batch(operator.vjp, [x, v])
+
+
+def test_copies_of_a_nonlinear_operator_compute_the_same(nonlinear):
+    operator, dtype = nonlinear
+    check_pickle(operator, data(operator.domain, 2, dtype=dtype))
+
+
+def test_the_derivative_of_a_nonlinear_operator(nonlinear):
+    operator, dtype = nonlinear
+    if dtype == torch.float64:  # single precision leaves no octaves between curvature and rounding
+        assert abs(check_taylor(operator) - 2) < 0.1
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)])
+def test_any_batch_shape_of_a_nonlinear_operator(nonlinear, batch):
+    operator, dtype = nonlinear
+    x, v = data(operator.domain, *batch, dtype=dtype), data(operator.range, *batch, dtype=dtype)
+    assert operator(x).shape == v.shape
+    assert operator.vjp(x, v).shape == x.shape
+    assert (operator(x).dtype, operator.vjp(x, v).dtype) == (v.dtype, x.dtype)
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (3,), (2, 3), (0,)])

@@ -12,8 +12,10 @@ from recon.likelihoods import GaussianLikelihood
 from recon.operators import CG, MatrixOperator
 from recon.posterior import dense
 from recon.priors import GaussianMixturePrior, GaussianPrior
+from recon.priors.base import Card, Prior
 from recon.samplers import DDIM, DPS, MMPS, Ancestral, DiffPIR, GuidedSampler, Renoise
-from recon.schedules import LogLinear
+from recon.schedules import LogLinear, Schedule
+from recon.space import Space
 from tests.bounds import chi2_bounds, normal_bound
 
 
@@ -82,6 +84,40 @@ def test_complex_data_are_pairs_of_real_ones_to_every_sampler(sampler: GuidedSam
     draws = [recon.sample(one, sampler, draws=4).x for one in (posterior, as_pairs)]
     torch.testing.assert_close(*draws, rtol=1e-9, atol=1e-9)
     assert float(draws[0].abs().max()) < 100  # not a comparison of overflows
+
+
+class Standard(Prior):
+    """Independent N(shift, scale^2) values, known through the denoiser alone."""
+
+    def predict(self, z, sigma):
+        return z / (1 + sigma.reshape(-1, 1, 1).square())
+
+    @property
+    def dtype(self):
+        return torch.float64
+
+
+@pytest.mark.parametrize("sampler", [DPS(steps=10, weight=1e-4), DiffPIR(steps=10, cg=CG(60, 1e-12)), MMPS(steps=10)])
+def test_fields_of_different_units_are_one_problem_in_other_units(sampler: GuidedSampler) -> None:
+    space = Space(("variable", "x"), (2, 3), {}, "mixed")
+    shift, scale = (
+        torch.tensor([[5.0], [-1.0]], dtype=torch.float64),
+        torch.tensor([[4.0], [0.25]], dtype=torch.float64),
+    )
+    matrix = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.randn(4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    card, levels = Card("standard"), Schedule(0.01, 20.0)
+    units = Standard(space, levels, card, shift=(5.0, -1.0), scale=(4.0, 0.25))
+    plain = Standard(space, levels, card)
+    in_units = recon.Posterior(units, GaussianLikelihood(MatrixOperator(matrix, space), y, 0.5))
+    in_latent = recon.Posterior(
+        plain,
+        GaussianLikelihood(
+            MatrixOperator(matrix * scale.expand(2, 3).flatten(), space), y - matrix @ shift.expand(2, 3).flatten(), 0.5
+        ),
+    )
+    draws, latent = (recon.sample(one, sampler, draws=5).x for one in (in_units, in_latent))
+    torch.testing.assert_close(draws, shift + scale * latent, rtol=1e-7, atol=1e-7)
 
 
 def test_too_few_cg_iterations_are_noticed() -> None:

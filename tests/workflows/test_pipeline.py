@@ -82,7 +82,9 @@ def test_the_draws_are_from_the_posterior(finished: Path) -> None:
     job = prepare(load_workflow(finished / "config.resolved.yaml", ["sampler.steps=100", "sampler.cg.iterations=40"]))
     prior = job.prior
     gaussian = GaussianPrior(
-        torch.full((1024,), 18.0, dtype=torch.float64), torch.full((1024,), (0.5 * 16.0) ** 2, dtype=torch.float64), prior.space
+        torch.full((1024,), 18.0, dtype=torch.float64),
+        torch.full((1024,), (0.5 * 16.0) ** 2, dtype=torch.float64),
+        prior.space,
     )
     exact = recon.Posterior(gaussian, job.posterior.likelihood.double()).exact()
     assert isinstance(exact, GaussianPrior)
@@ -179,7 +181,16 @@ def rank_of(launcher: int) -> int:
 @needs_mpi
 @pytest.mark.mpi
 def test_a_signal_stops_all_ranks_at_one_checkpoint(workspace: Path, tmp_path: Path) -> None:
-    arguments = ["run", workspace / "w.yaml", "--set", "sampler.steps=2000", "--out", tmp_path / "r", "--workspace", workspace]
+    arguments = [
+        "run",
+        workspace / "w.yaml",
+        "--set",
+        "sampler.steps=2000",
+        "--out",
+        tmp_path / "r",
+        "--workspace",
+        workspace,
+    ]
     job = subprocess.Popen(command(*arguments, ranks=2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     manifest = tmp_path / "r" / "checkpoints" / "manifest.json"
     until = time.monotonic() + 120
@@ -206,7 +217,15 @@ def test_check_says_what_would_happen_and_writes_nothing(workspace: Path, capsys
     before = sorted(workspace.rglob("*"))
     assert main(["check", str(workspace / "w.yaml"), "--workspace", str(workspace)]) == 0
     said = capsys.readouterr().out
-    for word in ("operator norm", "adjoint test", "MMPS(steps=12", "7 in 4 blocks of 2", "memory", "time", "ensemble.nc"):
+    for word in (
+        "operator norm",
+        "adjoint test",
+        "MMPS(steps=12",
+        "7 in 4 blocks of 2",
+        "memory",
+        "time",
+        "ensemble.nc",
+    ):
         assert word in said
     assert sorted(workspace.rglob("*")) == before
 
@@ -226,9 +245,15 @@ def test_resume_of_a_finished_run_changes_nothing(finished: Path) -> None:
         (lambda p: edit(p, half_missing), r"holds \d+ of \d+ values that are NaN"),
         (lambda p: edit(p, lambda d: d.drop_vars("blank")), "needs the variable 'blank'"),
         (lambda p: edit(p, lambda d: d.drop_vars("counts")), "expected one variable, sinogram or counts"),
-        (lambda p: edit(p, lambda d: d.assign_coords(angle=d.angle.assign_attrs(units="turns"))), "needs units.*'turns'"),
+        (
+            lambda p: edit(p, lambda d: d.assign_coords(angle=d.angle.assign_attrs(units="turns"))),
+            "needs units.*'turns'",
+        ),
         (lambda p: edit(p, lambda d: d.assign_attrs(pixel_mm=-1.0)), "attribute 'pixel_mm' must be a positive number"),
-        (lambda p: edit(p, lambda d: d.drop_vars("truth").assign_attrs(image_rows=33)), r"\(y=32, x=32\).*\(y=33, x=32\)"),
+        (
+            lambda p: edit(p, lambda d: d.drop_vars("truth").assign_attrs(image_rows=33)),
+            r"\(y=32, x=32\).*\(y=33, x=32\)",
+        ),
         (lambda p: edit(p, lambda d: d.assign(blank=-d.blank)), "blank .* must be positive"),
     ],
 )

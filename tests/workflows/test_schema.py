@@ -98,7 +98,9 @@ def test_every_sampler_has_a_section_with_its_defaults(load: Load, method: str) 
 
 
 def test_resolved_reruns_the_same(load: Load, tmp_path: Path) -> None:
-    first = load(changed("steps: 100", "steps: 30, transition: {kind: DDIM, eta: 0.3}, cg: {tolerance: 1e-3}"), "seed=7")
+    first = load(
+        changed("steps: 100", "steps: 30, transition: {kind: DDIM, eta: 0.3}, cg: {tolerance: 1e-3}"), "seed=7"
+    )
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "again.yaml").write_text(resolved(first))
@@ -196,7 +198,13 @@ def test_all_that_is_wrong_is_said_at_once(load: Load) -> None:
         load(text, "block=0")
     lines = str(raised.value).splitlines()
     assert len(lines) == 5
-    for part in ("draws:", "sampler: this key is missing", "sampeler: unknown key", "noise.count:", "--set 'block=0': block:"):
+    for part in (
+        "draws:",
+        "sampler: this key is missing",
+        "sampeler: unknown key",
+        "noise.count:",
+        "--set 'block=0': block:",
+    ):
         assert sum(part in line for line in lines) == 1, part
 
 
@@ -249,7 +257,9 @@ class Unfit:
 def test_sections_are_made_from_any_dataclass() -> None:
     model = sampler_model(Odd)
     assert model.model_validate({"method": "odd"}).build() == Odd()
-    made = model.model_validate({"method": "odd", "levels": [3, 4], "flag": True, "inner": {"iterations": 9}, "maybe": 2})
+    made = model.model_validate(
+        {"method": "odd", "levels": [3, 4], "flag": True, "inner": {"iterations": 9}, "maybe": 2}
+    )
     assert made.build() == Odd((3.0, 4.0), "x", True, CG(9, 0.1), 2)
     with pytest.raises(TypeError, match=r"Unfit\.function has type .*, which a workflow file cannot hold"):
         sampler_model(Unfit)

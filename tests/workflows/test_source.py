@@ -35,7 +35,8 @@ def test_not_a_number() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["no", "off", "yes", "y", "012", "0x10", "1_000", "12:30:00", "2026-03-02", "1e", "e5", "+", "nan", "=", "<<"]
+    "text",
+    ["no", "off", "yes", "y", "012", "0x10", "1_000", "12:30:00", "2026-03-02", "1e", "e5", "+", "nan", "=", "<<"],
 )
 def test_everything_else_is_text(text: str) -> None:
     assert value(text) == text
@@ -132,7 +133,25 @@ def test_overrides_that_are_refused(override: str, message: str) -> None:
 def test_what_is_written_reads_back_the_same() -> None:
     data = {
         "numbers": [1, -1, 0.001, 1e5, 1e22, 1e-9, math.inf, -math.inf, 2**64],
-        "words": ["1e3", "no", "012", "true", "null", "", "~", ".inf", "<<", "=", "a: b", "#", "é", "12:30", "-1", "+.5", "1."],
+        "words": [
+            "1e3",
+            "no",
+            "012",
+            "true",
+            "null",
+            "",
+            "~",
+            ".inf",
+            "<<",
+            "=",
+            "a: b",
+            "#",
+            "é",
+            "12:30",
+            "-1",
+            "+.5",
+            "1.",
+        ],
         "others": [None, True, False],
         "nested": {"deep": {"text": "long " * 60, "empty": {}, "none": []}},
     }
