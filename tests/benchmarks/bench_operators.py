@@ -31,7 +31,7 @@ SIZES = ((256, 180), (512, 360))  # pixels along a side, views
 QUICK = ((64, 45),)
 BATCHES = (1, 8, 32)
 BARS = {"ASTRA": 8.0, "deepinv": 25.0}  # at the largest batch of the first size
-SLOW = {"deepinv": 4, "scikit-image": 1}  # images that are enough to know a time per image
+SLOW = {"ASTRA": 8, "deepinv": 2, "scikit-image": 1}  # images that are enough to know a time per image
 Call = Callable[[], object]
 
 

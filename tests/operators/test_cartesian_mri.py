@@ -212,7 +212,8 @@ def test_neither_threads_nor_company_nor_pieces_change_a_bit(threads, monkeypatc
             assert torch.equal(other, reference)
 
 
-def test_working_arrays_are_bounded(monkeypatch):
+def test_working_arrays_are_bounded(threads, monkeypatch):
+    threads(1)
     A = zoo.scan((8, 8), coils=4)
     monkeypatch.setattr(pieces, "_PIECE", 3 * 8 * 8 * 8)
     used = [(d.stop - d.start, c.stop - c.start) for d, c in A.images.pieces(2)]

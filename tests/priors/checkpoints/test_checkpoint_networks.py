@@ -341,15 +341,18 @@ def test_edm_dhariwal_unet(tmp_path, models, classes):
             load_checkpoint(tmp_path / "edm.safetensors", space=RGB, **PIXELS)
 
 
-@pytest.mark.parametrize(("kind", "classes"), [("ncsn", 0), ("ncsn", 4), ("ddpm", 0), ("ddpm", 4)])
-def test_edm_song_unet(tmp_path, models, kind, classes):
-    network = narrow(ncsnpp(models, kind, label_dim=classes))
+@pytest.mark.parametrize(("kind", "label"), [("ncsn", None), ("ncsn", 2), ("ddpm", None), ("ddpm", "zero")])
+def test_edm_song_unet(tmp_path, models, kind, label):
+    network = narrow(ncsnpp(models, kind, label_dim=0 if label is None else 4))
     torch.save(network.state_dict(), tmp_path / "edm.pt")
-    config = {"zero_label": True} if classes else {}
+    config = {} if label is None else {"zero_label": True} if label == "zero" else {"class_label": label}
     prior = load_checkpoint(tmp_path / "edm.pt", "edm", space=RGB, config=config, **PIXELS).double()
     assert prior.card.facts["architecture"]["network"] == "SongUNet"
     network.double()
-    labels = torch.zeros(2, 4, dtype=torch.float64) if classes else None  # not the same as none: the map has a bias
+    labels = None
+    if label is not None:  # zeros are not the same as none: the map has a bias
+        labels = torch.zeros(2, 4, dtype=torch.float64)
+        labels[:, [] if label == "zero" else [label]] = 1
     for sigma in (0.002, 0.4, 60.0):
         z, level = noisy(RGB, sigma), torch.tensor([sigma, 1.1 * sigma], dtype=torch.float64)
         with torch.no_grad():
