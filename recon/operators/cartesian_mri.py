@@ -91,19 +91,16 @@ class CartesianMRI(LinearOperator):
 
     def apply(self, x: Tensor) -> Tensor:
         require_precision(self, x)
-        pieces = list(self.images.pieces(len(x)))
-        out = None if len(pieces) == 1 else x.new_empty(len(x), *self.range.shape, dtype=x.dtype.to_complex())
+        out = x.new_empty(len(x), *self.range.shape, dtype=x.dtype.to_complex())
+        pairs = torch.view_as_real(out)
         for draws, coils, kspace in self._spectra(x):
             if self.kept is not None:
-                kspace = torch.view_as_complex(kspace).flatten(2).index_select(-1, self.kept)
+                out[draws, coils] = torch.view_as_complex(kspace).flatten(2).index_select(-1, self.kept)
             elif self.pairs is not None:
-                kspace = torch.view_as_complex(kspace.mul_(self.pairs))
+                torch.mul(kspace, self.pairs, out=pairs[draws, coils])
             else:
-                kspace = torch.view_as_complex(kspace)
-            if out is None:
-                return kspace
-            out[draws, coils] = kspace
-        return x.new_empty(0, *self.range.shape, dtype=x.dtype.to_complex()) if out is None else out
+                pairs[draws, coils] = kspace
+        return out
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         require_precision(self, y)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from recon.errors import InputError
 
-# Bytes of the working arrays: per thread, since threads share one piece; the last-level cache is what they should fit.
-_PIECE = 32 * 2**20
+# Bytes of one working array per thread: small enough to stay in the last-level cache from one pass to the next.
+_PIECE = 8 * 2**20
 _PIECE_GPU = 2**30
 
 

@@ -44,7 +44,9 @@ MODEL = {
 VARIANTS = {
     "ffhq_256_ncsnpp_continuous": ("vesde", True, False, {}),
     "cat": ("vesde", True, False, {"progressive_combine": "cat"}),
-    "cifar10_ncsnpp_continuous": ("vesde", True, False, {"progressive": "none", "progressive_input": "residual"}),
+    "cifar10_ncsnpp_continuous": (
+        "vesde", True, False, {"progressive": "none", "progressive_input": "residual", "ch_mult": [1, 2, 2]},
+    ),
     "cifar10_ddpmpp_continuous": (
         "vpsde", True, True,
         {"embedding_type": "positional", "fir": False, "progressive": "none", "progressive_input": "none",
