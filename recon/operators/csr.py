@@ -21,7 +21,7 @@ _INT32 = 2**31 - 1
 
 
 class SparsePair(nn.Module):
-    """``M`` and ``M^T`` of an exported system matrix.
+    """``M`` and ``M^T`` of a system matrix.
 
     Buffers (not part of ``state_dict``: the geometry that made them is the definition): 32-bit row pointers and columns, and
     values in ``dtype``.  ``.to(...)``, pickling and ``copy.deepcopy`` work.  Raises InputError above 2^31 - 1 entries.

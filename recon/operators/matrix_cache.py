@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import mmap
 import os
@@ -36,7 +37,9 @@ _TYPES = {"int64": "I64", "float32": "F32", "int32": "I32", "int16": "I16"}
 
 
 def folder() -> Path | None:
-    """Where matrices are kept; None where they are not."""
+    """Where matrices are kept; None where they are not: switched off, no home, no ``flock``."""
+    if importlib.util.find_spec("fcntl") is None:
+        return None
     given = os.environ.get("RECON_CACHE")
     if given is not None:
         return Path(given).expanduser() if given.strip() not in ("", "0") else None

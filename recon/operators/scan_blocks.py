@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from scipy.sparse import coo_matrix, csr_matrix
 
 from recon import __version__
@@ -23,6 +24,7 @@ from recon.errors import need
 
 SIDE = 64  # of a tile, pixels; ray_kernels.SIDE, which only numba may import
 _RAYS = 4096  # of a group: with 32 draws they and a tile fit a second-level cache
+_TOGETHER = 16  # groups that are made before they are put in their place
 _SAMPLES = 16  # views that are traced to predict the memory
 _FORMAT = 1  # other numbers in the same arrays need another one
 
@@ -174,17 +176,29 @@ class ScanBlocks:
         return parts
 
     def build(self) -> Arrays:
-        """The arrays of all groups, one after the other."""
-        parts = self.some(0, self.groups)
-        entries = np.cumsum([0, *(len(part["values"]) for part in parts)])
-        runs = np.cumsum([0, *(len(part["rows"]) for part in parts)])
-        # Where one group's list ends, the next one's begins: that number is kept once.
-        starts = [part["starts"][:-1] + shift for part, shift in zip(parts, entries, strict=False)]
-        pointers = [part["pointers"][:-1] + shift for part, shift in zip(parts, runs, strict=False)]
-        whole = {name: np.concatenate([part[name] for part in parts]) for name in ("values", "places", "rows")}
-        whole["starts"] = np.append(np.concatenate(starts), entries[-1])
-        whole["pointers"] = np.append(np.concatenate(pointers), runs[-1])
-        return whole
+        """The arrays of all groups, one after the other, in little more memory than they take."""
+        size = int(1.05 * self.predicted() / 6)
+        values, places = np.empty(size, np.float32), np.empty(size, np.int16)  # what is not filled takes no memory
+        rest: dict[str, list[np.ndarray]] = {"rows": [], "starts": [], "pointers": []}
+        entries = runs = 0
+        step = max(_TOGETHER, torch.get_num_threads())
+        for first in range(0, self.groups, step):
+            for part in self.some(first, min(first + step, self.groups)):
+                end = entries + len(part["values"])
+                if end > len(values):
+                    for array in (values, places):
+                        array.resize(int(1.2 * end), refcheck=False)
+                values[entries:end], places[entries:end] = part["values"], part["places"]
+                # Where one group's list ends, the next one's begins: that number is kept once.
+                rest["rows"].append(part["rows"])
+                rest["starts"].append(part["starts"][:-1] + entries)
+                rest["pointers"].append(part["pointers"][:-1] + runs)
+                entries, runs = end, runs + len(part["rows"])
+        for array in (values, places):
+            array.resize(entries, refcheck=False)
+        rest["starts"].append(np.array([entries]))
+        rest["pointers"].append(np.array([runs]))
+        return {"values": values, "places": places, **{name: np.concatenate(parts) for name, parts in rest.items()}}
 
     def predicted(self) -> int:
         """Bytes of what ``build`` gives, from a sample of views traced in full."""

@@ -203,6 +203,19 @@ def test_without_numba(monkeypatch):
         zoo.beam()
 
 
+def test_rooms_start_with_a_cache_line_and_hold_no_junk():
+    """Neither changes an answer; both cost time where they are missing."""
+    from recon.operators import block_products, packs
+
+    for keep in (None, "image", "image"):
+        given, sums = packs.room(7, 16, np.dtype(np.float32), keep), packs.room(7, 8, np.dtype(np.float64))
+        assert given.ctypes.data % 64 == sums.ctypes.data % 64 == 0
+        given[:], sums[:] = math.nan, math.nan
+        block_products._clear(given, sums, 15)
+        assert not given.any()
+        assert not sums.any()
+
+
 def test_tiles_agree():
     from recon.operators import ray_kernels
 
@@ -255,8 +268,9 @@ def test_equal_rays_share_a_file(folder, builds):
 def test_files_are_mapped_and_cannot_be_changed(folder):
     parallel(views=5)
     A = parallel(views=5)
-    name = str(files(folder)[0])
-    assert any(name in line for line in Path("/proc/self/maps").read_text().splitlines())
+    maps, name = Path("/proc/self/maps"), str(files(folder)[0])
+    if maps.exists():  # Linux tells
+        assert any(name in line for line in maps.read_text().splitlines())
     before = files(folder)[0].read_bytes()
     A.matrix.values.mul_(2.0)
     assert files(folder)[0].read_bytes() == before

@@ -173,7 +173,7 @@ def test_a_measurement_takes_the_place_of_dataset_and_noise(load: Load, workspac
         ("few_views", "3", r"problem\.operator: expected a name \(see `recon list operators`\), a path or a definition; got 3"),
         ("few_views", "{views: 3}", r"problem\.operator\.type: this key is missing"),
         ("few_views", "{type: parallel_beam, views: 0}", r"problem\.operator\.views: expected a number > 0; got 0"),
-        ("some_slice", "{reader: dcm, file: x}", r"problem\.dataset\.reader: expected one of dicom, hdf5_slices; got 'dcm'"),
+        ("some_slice", "{reader: dcm, file: x}", r"dataset\.reader: expected one of dicom, fields, hdf5_slices; got 'dcm'"),
         ("  dataset: some_slice\n", "", r"problem: expected either dataset .* or measurement .*; got neither"),
         ("  dataset:", "  measurement: x\n  dataset:", r"problem: expected either dataset .*; got both"),
         ("  dataset: some_slice", "  measurement: x", r"problem: noise is for simulated data"),
