@@ -58,10 +58,12 @@ class Squares(Operator):
         return x**2
 
 
+class Unmatched(MatrixOperator):
+    matched = False
+
+
 def unmatched() -> MatrixOperator:
-    operator = MatrixOperator(double(3, 5))
-    operator.matched = False
-    return operator
+    return Unmatched(double(3, 5))
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,7 @@ def spokes(grid: tuple[int, ...] = (5, 6), coils: int | None = 3, real: bool = F
     return NonCartesianMRI(domain, places * torch.tensor(grid), None if coils is None else coil_maps(coils, *grid))
 
 
-OPERATORS: dict[str, Callable[[], Operator]] = {
+LINEAR: dict[str, Callable[[], LinearOperator]] = {
     "matrix": matrix,
     "matrix_of_images": image_matrix,
     "diagonal": lambda: Diagonal(normal(3, 4, dtype=torch.float32), Space.grid((3, 4), 1.0, "K")),
@@ -299,17 +299,14 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "stack_of_beams": lambda: Stack([beam(), beam("strip", 3)]),
     "stack_of_complex": lambda: Stack([complex_matrix(), complex_matrix()]),
     "stack_of_both_kinds": lambda: Stack([matrix(), complex_matrix(), matrix(3, step=1)]),
-    "joined": lambda: Joined([matrix(), PhaseRetrieval(complex_matrix()), complex_matrix()]),
     "whitening": whitening,
     "whitening_along": lambda: whitening("coil"),
     "whitening_complex": lambda: whitening("time", complex_=True),
     "whitening_real_of_complex": lambda: Whitening(complex_matrix().range, covariance(5), None, torch.float32),
-    "whitened": lambda: Whitened(Whitening(matrix().range, covariance(5)), PhaseRetrieval(matrix())),
     "scipy": scipy_matrix,
     "scipy_complex": lambda: scipy_matrix(complex_=True),
     "scipy_complex_both": lambda: scipy_matrix(complex_=True, images=True),
     "deepinv": deepinv_blur,
-    "deepinv_nonlinear": deepinv_intensities,
     "composed": composed,
     "summed": lambda: matrix() + matrix(step=1),
     "scaled": lambda: -2.5 * beam(),
@@ -328,15 +325,9 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "coded_diffraction": coded_diffraction,
     "coded_diffraction_channels": lambda: coded_diffraction(channels=True),
     "far_field": lambda: CodedDiffraction(Space.grid((4, 3), 1.0, "1")),
-    "phase_retrieval": lambda: PhaseRetrieval(coded_diffraction()),
-    "phase_retrieval_complex": lambda: PhaseRetrieval(coded_diffraction(channels=True), "amplitude", 0.1),
-    "phase_retrieval_real": lambda: PhaseRetrieval(matrix()),
-    "beam_hardening": lambda: BeamHardening(50.0 * beam(), [0.3, 0.5, 0.2], [1.6, 1.0, 0.7]),
     "sequence": dynamic,
     "sequence_of_unlike_frames": lambda: dynamic(same_range=False),
     "sequence_of_blurs": lambda: Sequence([blurred()] * 2),
-    "darcy": darcy,
-    "darcy_layered": lambda: darcy("harmonic", log=True, boundary=0.3),
     "point_sensors": stations,
     "point_sensors_nearest": lambda: stations("nearest"),
     "point_sensors_line": sounding,
@@ -358,6 +349,18 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "non_cartesian_mri_volume": lambda: spokes((4, 3, 5), coils=2),
     "non_cartesian_mri_gram": lambda: spokes().gram(normal(2, 9, step=21).abs()),
 }
+NONLINEAR: dict[str, Callable[[], Operator]] = {
+    "joined": lambda: Joined([matrix(), PhaseRetrieval(complex_matrix()), complex_matrix()]),
+    "whitened": lambda: Whitened(Whitening(matrix().range, covariance(5)), PhaseRetrieval(matrix())),
+    "deepinv_nonlinear": deepinv_intensities,
+    "phase_retrieval": lambda: PhaseRetrieval(coded_diffraction()),
+    "phase_retrieval_complex": lambda: PhaseRetrieval(coded_diffraction(channels=True), "amplitude", 0.1),
+    "phase_retrieval_real": lambda: PhaseRetrieval(matrix()),
+    "beam_hardening": lambda: BeamHardening(50.0 * beam(), [0.3, 0.5, 0.2], [1.6, 1.0, 0.7]),
+    "darcy": darcy,
+    "darcy_layered": lambda: darcy("harmonic", log=True, boundary=0.3),
+}
+OPERATORS: dict[str, Callable[[], Operator]] = {**LINEAR, **NONLINEAR}
 
 
 @dataclass(frozen=True)

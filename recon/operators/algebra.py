@@ -21,7 +21,6 @@ class Composed(LinearOperator):
             raise InputError(f"{outer.describe()} cannot follow {inner.describe()}: {difference}")
         super().__init__(inner.domain, outer.range)
         self.outer, self.inner = outer, inner
-        self.matched = outer.matched and inner.matched
 
     def apply(self, x: Tensor) -> Tensor:
         return self.outer.apply(self.inner.apply(x))
@@ -39,7 +38,6 @@ class Summed(LinearOperator):
             raise InputError(f"{left.describe()} cannot be added to {right.describe()}: {difference}")
         super().__init__(left.domain, left.range)
         self.left, self.right = left, right
-        self.matched = left.matched and right.matched
 
     def apply(self, x: Tensor) -> Tensor:
         return self.left.apply(x) + self.right.apply(x)
@@ -54,7 +52,6 @@ class Scaled(LinearOperator):
     def __init__(self, factor: float, operand: LinearOperator) -> None:
         super().__init__(operand.domain, operand.range)
         self.factor, self.operand = float(factor), operand
-        self.matched = operand.matched
 
     def apply(self, x: Tensor) -> Tensor:
         return self.factor * self.operand.apply(x)
@@ -103,7 +100,6 @@ class Transposed(LinearOperator):
     def __init__(self, operand: LinearOperator) -> None:
         super().__init__(operand.range, operand.domain)
         self.operand = operand
-        self.matched = operand.matched
 
     def apply(self, x: Tensor) -> Tensor:
         return self.operand.apply_adjoint(x)
@@ -180,7 +176,6 @@ class Stack(_Joined, LinearOperator):
             if not isinstance(part, LinearOperator):
                 raise InputError(f"Stack takes linear operators; got {type(part).__name__} (Joined takes any)")
         super().__init__(parts)
-        self.matched = all(part.matched for part in parts)
 
     def _parts(self) -> list[LinearOperator]:
         return [part for part in self.parts if isinstance(part, LinearOperator)]

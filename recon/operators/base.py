@@ -96,11 +96,16 @@ class _Matched(torch.autograd.Function):
 class LinearOperator(Operator):
     """A linear forward model with its transpose.
 
-    ``matched`` says whether ``apply_adjoint`` is the exact transpose (to rounding).  Aliases: ``AT``, ``A_adjoint``; ``.H`` and
-    ``.T`` are operators.  Algebra: ``B @ A``, ``A + B``, ``2.0 * A``.
+    Aliases: ``AT``, ``A_adjoint``; ``.H`` and ``.T`` are operators.  Algebra: ``B @ A``, ``A + B``, ``2.0 * A``.
     """
 
-    matched: bool = True
+    @property
+    def matched(self) -> bool:
+        """Whether ``apply_adjoint`` is the exact transpose (to rounding), which that of every operator in it must be.
+
+        Asked each time: some projectors have another back-projector on another device.
+        """
+        return all(part.matched for part in self.modules() if isinstance(part, LinearOperator) and part is not self)
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         """The transpose; ``y`` is known to be (n, *range.shape)."""

@@ -239,7 +239,7 @@ class ConeBeam(LinearOperator):
     geometry: a ``ConeGeometry`` or a ``VectorGeometry``.
     Maps (*batch, z, y, x) in 1/m to (*batch, angle, row, detector), dimensionless; float32, or float64 after ``.double()``;
     ``torch.get_num_threads()`` threads, with the same bits for any number of them.  After ``.to("cuda")`` ASTRA projects,
-    in float32 and with ``matched = False``: move the operator before it is composed with others.
+    in float32 and with ``matched = False``.
 
     Raises InputError for a domain that is no volume, a source inside the volume, a scan whose rays all miss it; without numba,
     or on CUDA without a usable astra-toolbox, at the first projection.

@@ -85,7 +85,12 @@ class DeepinvLinearOperator(_Bridge, LinearOperator):
         x, y = probes(self, domain, 0), probes(self, range, 1)
         self.one_by_one = not (_batches(self._rows, x) and _batches(self._rows_back, y))
         self.adjoint_error = adjoint_error(self)
-        self.matched = self.adjoint_error <= _limit(self.dtype)
+        self.passed = self.adjoint_error <= _limit(self.dtype)
+
+    @property
+    def matched(self) -> bool:
+        """Whether the transpose passed the dot test when the operator was made."""
+        return self.passed
 
     def _rows(self, x: Tensor) -> Tensor:
         return _answer(self.physics.A, x, image_shape(self.domain), self.range)

@@ -72,7 +72,7 @@ class NonCartesianMRI(LinearOperator):
         images, grid = self.images, self.images.grid
         out = x.new_empty(len(x), images.coils, self.sums.points.shape[1], dtype=x.dtype.to_complex())
         forms: tuple[Tensor, Tensor | None] = (x, None)
-        for draws, coils in images.pieces(len(x), self.sums.fine):
+        for draws, coils in images.pieces(len(x), self.sums.fine(x.dtype, x.device)):
             if coils.start == 0:
                 forms = images.forms(x[draws])
             seen = x.new_empty(draws.stop - draws.start, coils.stop - coils.start, *grid, 2)
@@ -86,7 +86,7 @@ class NonCartesianMRI(LinearOperator):
         flat = y.flatten(2)
         out = [y.new_empty(0, *self.domain.shape, dtype=y.dtype.to_real())]
         sums = images.sums(images.plain, 0)
-        for draws, coils in images.pieces(len(y), self.sums.fine):
+        for draws, coils in images.pieces(len(y), self.sums.fine(y.dtype, y.device)):
             if coils.start == 0:
                 sums = images.sums(images.plain, draws.stop - draws.start)
             piece = flat[draws, coils]

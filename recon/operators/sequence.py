@@ -58,7 +58,6 @@ class Sequence(LinearOperator):
         places = {id(frame): i for i, frame in enumerate(distinct)}
         self.operators = nn.ModuleList(distinct)
         self.order = tuple(places[id(frame)] for frame in frames)
-        self.matched = all(frame.matched for frame in distinct)
 
     def frame(self, t: int) -> LinearOperator:
         """The operator of frame ``t``."""

@@ -49,13 +49,13 @@ class Toeplitz:
         with self._lock:
             key = (dtype, device)
             if key not in self._kept:
-                self._kept[key] = self._made(dtype).to(device)
+                self._kept[key] = self._made(dtype, device).to(device)
             return self._kept[key]
 
-    def _made(self, dtype: torch.dtype) -> Tensor:
+    def _made(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         spread = tuple(2 * n - 1 for n in self.grid)
         weights = torch.view_as_real(torch.from_numpy(self.weights.astype(np.complex128)))[None]
-        function = torch.view_as_complex(Nufft(spread, self.sums.seen(dtype)).adjoint(weights))[0]
+        function = torch.view_as_complex(Nufft(spread, self.sums.seen(dtype, device)).adjoint(weights))[0]
         cyclic = function.new_zeros(self.padded)
         places = np.ix_(*(np.arange(-(n - 1), n) % m for n, m in zip(self.grid, self.padded, strict=True)))
         cyclic[tuple(torch.from_numpy(p) for p in places)] = function

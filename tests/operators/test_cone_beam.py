@@ -14,7 +14,7 @@ from scipy.ndimage import map_coordinates
 from recon.checks import check_adjoint
 from recon.errors import InputError
 from recon.likelihoods import GaussianLikelihood
-from recon.operators import ConeBeam, ConeGeometry, VectorGeometry, cone_astra
+from recon.operators import ConeBeam, ConeGeometry, Diagonal, Sequence, Stack, VectorGeometry, cone_astra
 from recon.space import Space
 from tests import zoo
 
@@ -465,6 +465,24 @@ def test_an_operator_elsewhere_than_on_the_cpu_is_not_matched():
     assert not A.matched
     with pytest.raises(InputError, match=r"CG needs an exact transpose; ConeBeam .* declares matched=False"):
         like.linear("CG")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda A: -2.0 * A,
+        lambda A: A.H,
+        lambda A: A + 3.0 * A,
+        lambda A: Diagonal(torch.ones(()), A.range) @ A,
+        lambda A: Stack([A, A]),
+        lambda A: Sequence([A, A]),
+        lambda A: Stack([2.0 * A.H.H]),
+    ],
+)
+def test_what_is_built_on_it_moves_with_it(build):
+    whole = build(zoo.OPERATORS["cone_beam"]())
+    assert whole.matched
+    assert not whole.to("meta").matched
 
 
 # --- The GPU ------------------------------------------------------------------------------------------------------------

@@ -207,8 +207,8 @@ def test_the_library_works_on_one_thread(monkeypatch):
     assert set(threads) == {1}
 
 
-@pytest.mark.slow  # not slow, but once failed after all other tests: to be understood before it may stop a landing
-def test_plans_are_used_again_and_never_copied(monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_plans_are_used_again_and_never_copied(monkeypatch, threads):
     made = []
     from recon.operators import nufft
 
@@ -216,8 +216,15 @@ def test_plans_are_used_again_and_never_copied(monkeypatch):
     monkeypatch.setattr(nufft, "_plan", lambda *given: made.append(given[:2]) or plain(*given))
     A = zoo.spokes()
     x = zoo.normal(5, *A.domain.shape, dtype=torch.float32)
-    A(x), A(x), A(x[:1])
-    assert [kind for kind, grid in made if grid == A.sums.fine and kind == 2] == [2]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for batch in (x, x, x, x[:1]):
+            A(batch)
+    finally:
+        torch.set_num_threads(before)
+    plans = [kind for kind, grid in made if grid == A.sums.fine(torch.float32, torch.device("cpu")) and kind == 2]
+    assert 1 <= len(plans) <= threads  # a thread that starts late may take the plan of one that is done
     twin = copy.deepcopy(A)
     assert twin.sums._idle == {}
     assert len(pickle.dumps(A)) < 40_000

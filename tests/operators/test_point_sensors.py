@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -583,7 +584,7 @@ def test_no_bit_depends_on_company_or_threads(dtype):
 
 
 def atmosphere(name):
-    netcdf = pytest.importorskip("netCDF4")
+    netcdf = importlib.import_module("netCDF4")
     path = Path(os.environ.get("RECON_DATA", "")) / "atmosphere" / name
     if not os.environ.get("RECON_DATA") or not path.is_file():
         pytest.skip(f"needs atmosphere/{name} below RECON_DATA")
