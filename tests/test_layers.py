@@ -20,7 +20,8 @@ ORDER = (
 )  # fmt: skip
 
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 400, 60, 7
-KWARGS_ALLOWED = frozenset({"curve", "legend"})  # thin wrappers: line and legend properties of matplotlib
+# Thin wrappers: line and legend properties of matplotlib, conditions of a prior by name.
+KWARGS_ALLOWED = frozenset({"curve", "legend", "given"})
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 Function = ast.FunctionDef | ast.AsyncFunctionDef

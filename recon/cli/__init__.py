@@ -67,7 +67,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--fresh", dest="resume", action="store_false", help="start again instead of from the checkpoint"
     )
-    train.set_defaults(command=train_command)
+    _file_options(train, train_command)
+
+    inspect = commands.add_parser("inspect", help="draw from a prior, compare with held-out images, complete its card")
+    inspect.add_argument("folder", type=Path, metavar="DIR", help="the prior's folder, with its train.yaml")
+    inspect.add_argument("--draws", type=int, default=64, metavar="N", help="draws to compare (64)")
+    inspect.add_argument("--steps", type=int, default=32, metavar="N", help="steps per draw (32)")
+    inspect.set_defaults(command=inspect_command)
 
     commands.add_parser("schema", help="print the JSON schema of workflow files").set_defaults(command=schema_command)
     commands.add_parser("doctor", help="say what was found here and what is wrong").set_defaults(command=doctor_command)
@@ -147,7 +153,22 @@ def train_command(arguments: argparse.Namespace) -> None:
     """``recon train``."""
     from recon.workflows.train import train
 
-    _say(str(train(arguments.file, arguments.out, arguments.resume)))
+    folder = train(
+        arguments.file,
+        arguments.out,
+        resume=arguments.resume,
+        workspace=arguments.workspace,
+        overrides=arguments.overrides,
+    )
+    _say(str(folder))
+
+
+def inspect_command(arguments: argparse.Namespace) -> None:
+    """``recon inspect``."""
+    from recon.workflows.inspection import inspect
+
+    inspect(arguments.folder, arguments.draws, arguments.steps)
+    _say(str(arguments.folder / "card.yaml"))
 
 
 def schema_command(arguments: argparse.Namespace) -> None:

@@ -167,9 +167,12 @@ def _priors() -> Iterator[Finding]:
 def _prior(name: str, folder: Path) -> Finding:
     weights, what = folder / "weights.safetensors", "prior"
     try:
-        section = read_source(folder / "card.yaml").data.get("weights")
+        card = read_source(folder / "card.yaml").data
     except InputError as error:
         return Finding("fail", what, str(error))
+    if isinstance(card.get("checkpoint"), dict):
+        return _checkpoint(name, folder, card["checkpoint"])
+    section = card.get("weights")
     stated = section.get("sha256") if isinstance(section, dict) else None
     if stated is None:
         return Finding("fail", what, f"{name}: {folder / 'card.yaml'} states no weights.sha256; copy the prior again")
@@ -183,3 +186,16 @@ def _prior(name: str, folder: Path) -> Finding:
             "fail", what, f"{name}: {weights} has sha256 {held}, not the one on its card ({stated}); copy it again"
         )
     return Finding("ok", what, f"{name} in {folder}, sha256 verified")
+
+
+def _checkpoint(name: str, folder: Path, told: dict[str, object]) -> Finding:
+    """A prior whose card points to somebody else's file."""
+    place, stated = folder / Path(str(told.get("file", ""))).expanduser(), told.get("sha256")
+    if not told.get("file") or not place.exists():
+        return Finding("fail", "prior", f"{name}: there is no checkpoint {place}; set checkpoint.file in {folder}/card.yaml")
+    if place.is_dir() or not isinstance(stated, str):
+        return Finding("ok", "prior", f"{name}: checkpoint {place}, without a sha256 of one file to verify")
+    held = sha256(place)
+    if held != stated:
+        return Finding("fail", "prior", f"{name}: {place} has sha256 {held}, not the one on its card ({stated})")
+    return Finding("ok", "prior", f"{name}: checkpoint {place}, sha256 verified")

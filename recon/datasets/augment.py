@@ -7,7 +7,7 @@ slices of a coarser scan; half of the cuts stay on the pixel grid, so that the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,8 @@ class Cut(BaseModel):
     dataset: name or path of the card.  share: relative weight.  side: smallest and largest side of the cut, in pixels of the
     stored slice; the same number twice for whole slices.  The rest are the ranges of the augmentation: turn (degrees) and
     zoom (relative) apply to the half of the cuts that leave the pixel grid; shift is a share of the side; gain is the
-    standard deviation of a factor on the attenuation.
+    standard deviation of a factor on the attenuation.  whole: the side in pixels that a cut is brought to when training
+    images are windows of it; without it a cut becomes a training image whole.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +40,7 @@ class Cut(BaseModel):
     shift: float = Field(default=0.04, ge=0, le=0.5)
     upside_down: float = Field(default=0.1, ge=0, le=1)
     gain: float = Field(default=0.01, ge=0)
+    whole: int | None = Field(default=None, ge=8)
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,12 @@ class Cutter:
 
     def batch(self, step: int, count: int) -> tuple[Tensor, Tensor]:
         """Batch number ``step``: attenuation (count, size, size) in 1/m, and where it is known (1.0 or 0.0)."""
+        return self.images(step, range(count))
+
+    def images(self, step: int, rows: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Some images of batch number ``step``."""
         images, known = [], []
-        for index in range(count):
+        for index in rows:
             key = np.array([self.seed, (step << 20) + index], dtype=np.uint64)
             random = np.random.Generator(np.random.Philox(key=key))
             image, mask = self._cut(random)

@@ -63,7 +63,8 @@ class FieldCard(BaseModel):
 
     file: absolute, or relative to the folder RECON_DATA.  group: inside the file.  variables: arrays (n, y, x) by name, each
     with its ``units`` and ``factors`` (stored values are multiplied by it).  dims: names of the two axes in recon ("y", "x" or
-    "lat", "lon"); axes of the file that have coordinates keep them (``pixel_mm`` makes them where there are none).
+    "lat", "lon"); axes of the file that have coordinates keep them (``pixel_mm`` makes them where there are none).  time: the
+    variable with one date per field; without it the coordinate of the fields' own axis, if that holds dates.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,6 +79,7 @@ class FieldCard(BaseModel):
     factors: tuple[float, ...] | None = None
     dims: tuple[str, str] = ("lat", "lon")
     pixel_mm: float | None = Field(default=None, gt=0)
+    time: str | None = None
     split: Split = Split()
     licence: str
     source: str
@@ -97,16 +99,23 @@ class Fields:
     """Fields of one source.
 
     values: float32 (n, variable, y, x), finite.  known: bool, the same shape, False where the file had no value; None when it
-    had them all.  space: of one field, dims ("variable", y, x); unit "mixed" where units differ.
+    had them all.  space: of one field, dims ("variable", y, x); unit "mixed" where units differ.  days: float64 (n,), since
+    1 January 0:00 of each field's year; None where the file has no dates.
     """
 
     name: str
     values: np.ndarray
     known: np.ndarray | None
     space: Space
+    days: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def rows(self, chosen: slice) -> Fields:
+        """Some of the fields."""
+        known, days = (None if part is None else part[chosen] for part in (self.known, self.days))
+        return Fields(self.name, self.values[chosen], known, self.space, days)
 
     def coarsened(self, factor: int) -> Fields:
         """Area means over ``factor`` x ``factor`` pixels; a mean is known only where all its pixels are."""
@@ -119,14 +128,14 @@ class Fields:
             for dim, place in self.space.coords.items()
         }
         shape = (len(self.space.coords["variable"]), *values.shape[-2:])
-        return Fields(self.name, values, known, Space(self.space.dims, shape, coords, self.space.unit))
+        return Fields(self.name, values, known, Space(self.space.dims, shape, coords, self.space.unit), self.days)
 
 
 def load_fields(card: FieldCard, part: Part) -> Fields:
     """One part of a data set, checked against its card.
 
-    Raises InputError when the file is missing, its sha256 is not the card's, a variable is missing or of another shape, or the
-    part is empty.
+    Raises InputError when the file is missing, its sha256 is not the card's, a variable is missing, of another shape or
+    nowhere known, or the part is empty.
     """
     import xarray as xr
 
@@ -136,6 +145,7 @@ def load_fields(card: FieldCard, part: Part) -> Fields:
             arrays = [_array(opened, name, str(path)) for name in card.variables]
             labels = None if card.split.by is None else np.asarray(opened[card.split.by].values)
             axes = _axes(card, opened[card.variables[0]])
+            days = _days(card, opened)
     except (OSError, KeyError) as error:
         raise InputError(f"{path}: cannot be read as the fields of {card.name}: {error}") from error
     if any(a.shape != arrays[0].shape for a in arrays):
@@ -146,10 +156,16 @@ def load_fields(card: FieldCard, part: Part) -> Fields:
     values = np.stack([a[rows] for a in arrays], axis=1).astype(np.float32)
     values *= np.array(card.factors or (1.0,) * len(arrays), np.float32)[:, None, None]
     known = np.isfinite(values)
+    unknown = [
+        name for name, values_known in zip(card.variables, known.swapaxes(0, 1), strict=True) if not values_known.any()
+    ]
+    if unknown:
+        raise InputError(f"{path}: {', '.join(unknown)} of {card.name} has no value in any field for {part!r}")
     unit = card.units[0] if len(set(card.units)) == 1 else "mixed"
     coords: dict[str, Coordinate] = {"variable": card.variables, **axes}
     space = Space(("variable", *card.dims), values.shape[1:], coords, unit)
-    return Fields(card.name, _filled(values, known), None if known.all() else known, space)
+    values, days = _filled(values, known), None if days is None else days[rows]
+    return Fields(card.name, values, None if known.all() else known, space, days)
 
 
 def _array(data: xr.Dataset, name: str, path: str) -> np.ndarray:
@@ -171,6 +187,22 @@ def _axes(card: FieldCard, array: xr.DataArray) -> dict[str, Any]:
         grid = Space.grid(array.shape[1:], card.pixel_mm * 1e-3, "1")
         coords = {dim: grid.coords[place] for dim, place in zip(card.dims, ("y", "x"), strict=True)}
     return coords
+
+
+def _days(card: FieldCard, data: xr.Dataset) -> np.ndarray | None:
+    """Days since 1 January 0:00 of each field's year, in the calendar of the file."""
+    name = card.time or str(data[card.variables[0]].dims[0])
+    times = data.variables.get(name)
+    dated = times is not None and (
+        times.dtype.kind == "M" or hasattr(times.values.ravel()[:1].tolist()[0], "timetuple")
+    )
+    if not dated:
+        if card.time is not None:
+            raise InputError(f"{card.name}: variable {card.time!r} must hold one date per field")
+        return None
+    part = data[name].dt
+    days = part.dayofyear - 1 + (part.hour + (part.minute + part.second / 60) / 60) / 24
+    return np.asarray(days.values, dtype=np.float64)
 
 
 def _filled(values: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ whose error is :math:`\sigma`, and the Wiener filter
 .. math::  W(z) = m + \mathcal F^{-1}\left[\frac{S}{S + \sigma^2}\, \mathcal F (z - m)\right],
 
 the best denoiser that is linear and stationary, with the mean image ``m`` and power spectrum ``S`` of the training images.
+A third, non-local means, needs no training at all.
 The noise depends on (seed, sigma, image) alone, so every method that is compared sees the same.
 """
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recon.errors import need
 from recon.priors.network import precondition
 
 Denoiser = Callable[[Tensor, float], Tensor]
@@ -43,6 +45,18 @@ class Wiener:
         """Denoised ``z`` (n, ..., ny, nx)."""
         gain = self.spectrum / (self.spectrum + sigma**2)
         return self.mean + torch.fft.ifft2(gain * torch.fft.fft2(z - self.mean)).real
+
+
+def non_local_means(z: Tensor, sigma: float) -> Tensor:
+    """Non-local means (Buades et al. 2005) as scikit-image has it, plane by plane, told ``sigma``: a library's denoiser.
+
+    z: (n, ..., ny, nx).  Patches of 5 x 5 pixels, 13 x 13 compared, ``h = 0.8 sigma``.  Raises InputError without scikit-image.
+    """
+    filtered = need("skimage.restoration", "metrics").denoise_nl_means  # type: ignore[attr-defined]
+    planes = z.double().reshape(-1, *z.shape[-2:]).numpy()
+    settings = {"patch_size": 5, "patch_distance": 6, "h": 0.8 * sigma, "sigma": sigma, "fast_mode": True}
+    out = np.stack([filtered(plane, **settings) for plane in planes])
+    return torch.from_numpy(out).to(z.dtype).reshape(z.shape)
 
 
 def denoising_error(

@@ -2,11 +2,12 @@ r"""Classifier-free guidance (Ho and Salimans 2022): a conditional prior made to
 
 .. math::  D_w(z, \sigma) = D_u(z, \sigma) + w\,(D_c(z, \sigma) - D_u(z, \sigma))
 
-with the denoiser ``D_u`` of the prior and ``D_c`` of the prior given a condition ``c``.  ``w = 0`` is the prior and ``w = 1`` the
-conditional prior, both bit for bit.  For any other ``w`` the scores are those of
+with the denoiser ``D_u`` of the prior and ``D_c`` of the prior given a condition ``c``.  ``w = 0`` is the prior and ``w = 1``
+the conditional prior, both bit for bit.  For any other ``w`` the scores are those of
 :math:`q_\sigma(z)\, q_\sigma(c \mid z)^w` at every level by itself; these are not the blurred versions of any one
-distribution, so ``D_w`` is no denoiser and what a sampler makes of it is a draw of no posterior: images more typical of ``c`` and
-less various than ``p(x | c)``.  No uncertainty should be read off such an ensemble.
+distribution, so ``D_w`` is no denoiser and what a sampler makes of it is a draw of no posterior: for ``w > 1`` images more
+typical of ``c`` and less various than ``p(x | c)``.  Where the prior is ``N(0, v_u)`` and the conditional one ``N(0, v_c)``,
+probability flow draws variance :math:`v_u^{1-w} v_c^w`.  No uncertainty should be read off such an ensemble.
 
 ``interval`` keeps the guidance to middle levels (Kynkäänniemi et al. 2024); at all others the denoiser is ``D_c``.
 """

@@ -10,16 +10,19 @@ A network ``F`` sees inputs and targets of unit variance at every noise level; t
 with ``s`` the standard deviation of the latent data (``sigma_data``).  ``F`` is a U-Net of deepinv between a pixel
 unshuffle and a pixel shuffle: the factor-2 shuffle keeps every value and makes the costly top level four times smaller.
 Images whose sides the levels cannot halve are continued by their border values and cut again.
+
+Beside the image a network may be given channels of a condition on the image's grid (Ho et al. 2022, cascaded diffusion), and,
+when its images are windows of a larger field, the place of each window (Wang et al. 2023, patch diffusion): ``Context``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from recon.errors import InputError, need
@@ -30,6 +33,25 @@ from recon.space import Space
 Side = Annotated[int, Field(ge=8)]
 
 
+class Context(NamedTuple):
+    """What a network is told beside the image and the noise level.
+
+    condition: channels on the image's grid (n, channel, ny, nx), normalised.  corner: row and column, in the whole field, of
+    the first pixel of each image (n, 2).  Either is None where the network takes none.
+    """
+
+    condition: Tensor | None = None
+    corner: Tensor | None = None
+
+    def rows(self, chosen: slice) -> Context:
+        """The context of some of the images."""
+        return Context(*(None if part is None else part[chosen] for part in self))
+
+    def to(self, device: torch.device) -> Context:
+        """The same on ``device``; copies from pinned memory do not wait."""
+        return Context(*(None if part is None else part.to(device, non_blocking=True) for part in self))
+
+
 class Architecture(BaseModel):
     """The hyper-parameters that rebuild a network: the ``architecture`` section of a card.
 
@@ -37,7 +59,11 @@ class Architecture(BaseModel):
     norms or biases, noise level as a constant input channel).  size: side of the image, or its two sides (ny, nx).  fields:
     how many values a pixel has (2 for a complex image, one per variable).  shuffle: factor of the pixel shuffle.  channels:
     per level, finest first.  blocks: residual blocks per level.  attention: image sides, after the shuffle, at which blocks
-    attend (adm only).  position: give the network two channels that say where a pixel is.
+    attend (adm only).  position: give the network two channels that say where a pixel is.  condition: how many channels of
+    conditions the network is given with an image.  whole: sides of the field of which the images are windows; None when
+    images are whole.
+
+    Raises ValueError when an image is larger than the whole it is a window of.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +76,14 @@ class Architecture(BaseModel):
     blocks: int = Field(ge=1)
     attention: tuple[int, ...] = ()
     position: bool = False
+    condition: int = Field(default=0, ge=0)
+    whole: tuple[Side, Side] | None = None
+
+    @model_validator(mode="after")
+    def _window(self) -> Self:
+        if self.whole is not None and any(side > whole for side, whole in zip(self.sides, self.whole, strict=True)):
+            raise ValueError(f"images of {self.sides} pixels cannot be windows of a field of {self.whole}")
+        return self
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -63,9 +97,18 @@ class Architecture(BaseModel):
         ny, nx = (step * math.ceil(side / step) for side in self.sides)
         return ny, nx
 
+    @property
+    def placed(self) -> bool:
+        """Whether an image means nothing without its place in the whole."""
+        return self.whole is not None and (self.position or self.condition > 0)
+
 
 class ShuffledUNet(nn.Module):
-    """``F(z, c)``: pixel unshuffle, a deepinv U-Net on (n, fields shuffle^2, ny/shuffle, nx/shuffle), pixel shuffle."""
+    """``F(z, c)``: pixel unshuffle, a deepinv U-Net on (n, fields shuffle^2, ny/shuffle, nx/shuffle), pixel shuffle.
+
+    A condition is unshuffled like the image.  Position channels run from -1 to 1 over the image, or, for windows, over the
+    whole field, at the centres of the shuffled pixels.
+    """
 
     position: Tensor
 
@@ -80,15 +123,20 @@ class ShuffledUNet(nn.Module):
         grid = torch.stack(torch.meshgrid(*ramps, indexing="ij"))
         self.register_buffer("position", grid[None], persistent=False)
 
-    def forward(self, z: Tensor, c_noise: Tensor) -> Tensor:
-        """``z`` (n, fields, ny, nx) of about unit variance, ``c_noise`` (n,); returns the shape of ``z``."""
+    def forward(self, z: Tensor, c_noise: Tensor, context: Context | None = None) -> Tensor:
+        """``z`` (n, fields, ny, nx) of about unit variance, ``c_noise`` (n,); returns the shape of ``z``.
+
+        Raises InputError when the context is not what the architecture takes.
+        """
+        condition, corner = context or Context()
         n, (ny, nx) = len(z), self.architecture.sides
         below, beside = self.architecture.padded[0] - ny, self.architecture.padded[1] - nx
+        z = self._with_condition(z, condition)
         if below or beside:
             z = nn.functional.pad(z, (0, beside, 0, below), mode="replicate")
         parts = [self.down(z)]
         if self.architecture.position:
-            parts.append(self.position.expand(n, -1, -1, -1))
+            parts.append(self._places(n, corner))
         if self.architecture.family == "drunet":
             level = torch.stack([c_noise, torch.ones_like(c_noise)], dim=1)
             parts.append(level[:, :, None, None].expand(-1, -1, *parts[0].shape[2:]))
@@ -97,11 +145,35 @@ class ShuffledUNet(nn.Module):
         out: Tensor = self.up(self.unet.forward_unet(hidden) if drunet else self.unet.forward_unet(hidden, c_noise))
         return out[..., :ny, :nx] if below or beside else out
 
+    def _with_condition(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        channels = self.architecture.condition
+        wanted, got = (len(z), channels, *z.shape[2:]), None if condition is None else tuple(condition.shape)
+        if got != (wanted if channels else None):
+            raise InputError(f"this network takes a condition of shape {wanted if channels else None}; got {got}")
+        return z if condition is None else torch.cat([z, condition.to(z.dtype)], dim=1)
+
+    def _places(self, n: int, corner: Tensor | None) -> Tensor:
+        """The position channels (n, 2, rows, columns)."""
+        whole, side = self.architecture.whole, self.architecture.shuffle
+        if whole is None:
+            return self.position.expand(n, -1, -1, -1)
+        if corner is None or tuple(corner.shape) != (n, 2):
+            got = None if corner is None else tuple(corner.shape)
+            raise InputError(
+                f"this network sees windows of a field {whole} and takes their corners ({n}, 2); got {got}"
+            )
+        rows, columns = self.position.shape[2:]
+        cells = (torch.arange(count, device=corner.device) * side + (side - 1) / 2 for count in (rows, columns))
+        y, x = (2 * (corner[:, axis, None] + cell) / (whole[axis] - 1) - 1 for axis, cell in enumerate(cells))
+        return torch.stack([y[:, :, None].expand(-1, -1, columns), x[:, None, :].expand(-1, rows, -1)], dim=1).to(
+            self.position.dtype
+        )
+
 
 def _unet(architecture: Architecture, side: int) -> Any:  # noqa: ANN401  (a class of deepinv)
     models: Any = need("deepinv.models", "networks")
     channels, pixels = architecture.channels, architecture.fields * architecture.shuffle**2
-    inputs = pixels + 2 * architecture.position
+    inputs = pixels + architecture.condition * architecture.shuffle**2 + 2 * architecture.position
     if architecture.family == "drunet":
         if len(channels) != 4 or architecture.attention:
             raise InputError(f"drunet has exactly 4 levels and no attention; got channels {channels}")
@@ -137,16 +209,19 @@ def build_network(architecture: Architecture, seed: int = 0) -> ShuffledUNet:
         return ShuffledUNet(architecture).to(memory_format=torch.channels_last)
 
 
-def precondition(network: nn.Module, z: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+def precondition(
+    network: nn.Module, z: Tensor, sigma: Tensor, sigma_data: float, context: Context | None = None
+) -> Tensor:
     """``D(z, sigma)`` of the module docstring in float32 around ``network``.
 
-    z: (n, ny, nx) or (n, fields, ny, nx).  sigma: (n,).
+    z: (n, ny, nx) or (n, fields, ny, nx).  sigma: (n,).  context: handed to the network when there is one.
     """
     level = sigma.to(torch.float32).reshape(-1, *[1] * (z.ndim - 1))
     z32 = z.to(torch.float32)
     total = level.square() + sigma_data**2
     inputs = z32 * total.rsqrt()
-    output = network(inputs if z.ndim == 4 else inputs.unsqueeze(1), level.reshape(-1).log() / 4)
+    told = () if context is None else (context,)
+    output = network(inputs if z.ndim == 4 else inputs.unsqueeze(1), level.reshape(-1).log() / 4, *told)
     output = output.to(torch.float32).reshape(z.shape)
     return (sigma_data**2 / total) * z32 + (level * sigma_data * total.rsqrt()) * output
 
@@ -155,10 +230,14 @@ class NetworkPrior(Prior):
     """A prior over images (y, x), or several fields on one grid (field, y, x), whose denoiser is a trained network.
 
     The parameters take no gradients.  network: ``F``.  sigma_data: standard deviation of the latent training data.
-    ``x = shift + scale * z``, each one number or one per field.
+    ``x = shift + scale * z``, each one number or one per field.  A prior over windows of a larger field that were trained with
+    their place denoises only once it is told where it stands: ``at``.
 
     Raises InputError when the space has not two or three axes or sigma_data is not positive.
     """
+
+    condition: Tensor | None
+    corner: Tensor | None
 
     def __init__(
         self,
@@ -178,7 +257,53 @@ class NetworkPrior(Prior):
             raise InputError(f"sigma_data must be positive; got {sigma_data}")
         self.sigma_data = float(sigma_data)
         self.network = network.eval().requires_grad_(False)
+        self.register_buffer("condition", None)
+        self.register_buffer("corner", None)
+        self.place: tuple[int, int] | None = None
+
+    @property
+    def whole(self) -> tuple[int, int] | None:
+        """Sides of the field of which the images are windows; None when they are whole."""
+        architecture = getattr(self.network, "architecture", None)
+        return architecture.whole if isinstance(architecture, Architecture) else None
+
+    def at(self, row: int, column: int) -> NetworkPrior:
+        """The prior of the window whose first pixel is (row, column) of the whole field; the network is shared.
+
+        Raises InputError when the images are no windows, or the window does not lie inside the whole.
+        """
+        if self.whole is None:
+            raise InputError(f"the images of {self.card.name} are whole; only windows of a larger field have a place")
+        reach = [whole - side for whole, side in zip(self.whole, self.space.shape[-2:], strict=True)]
+        if not (0 <= row <= reach[0] and 0 <= column <= reach[1]):
+            raise InputError(
+                f"windows of {self.card.name} start at rows 0 to {reach[0]} and columns 0 to {reach[1]}; got "
+                f"({row}, {column})"
+            )
+        return self.told(self.condition, (row, column))
+
+    def told(self, condition: Tensor | None, place: tuple[int, int] | None) -> NetworkPrior:
+        """The same prior with a condition (1, channel, ny, nx), of the whole field for windows, and a window's place."""
+        twin = NetworkPrior(self.space, self.schedule, self.card, self.network, sigma_data=self.sigma_data)
+        twin.latent, twin.shift, twin.scale = self.latent, self.shift, self.scale
+        twin.condition, twin.place = condition, place
+        twin.corner = None if place is None else torch.tensor([place], dtype=torch.float32, device=self.device)
+        return twin
 
     def predict(self, z: Tensor, sigma: Tensor) -> Tensor:
         """The preconditioned network, differentiable with respect to ``z``; computes in float32, returns ``z.dtype``."""
-        return precondition(self.network, z, sigma, self.sigma_data).to(z.dtype)
+        return precondition(self.network, z, sigma, self.sigma_data, self._context(len(z))).to(z.dtype)
+
+    def _context(self, n: int) -> Context | None:
+        condition, corner = self.condition, self.corner
+        architecture = getattr(self.network, "architecture", None)
+        if corner is None and isinstance(architecture, Architecture) and architecture.placed:
+            raise InputError(f"{self.card.name} is over windows of a field {self.whole}: say which by at(row, column)")
+        if condition is None and corner is None:
+            return None
+        if condition is not None:
+            if self.place is not None:
+                (row, column), (ny, nx) = self.place, self.space.shape[-2:]
+                condition = condition[..., row : row + ny, column : column + nx]
+            condition = condition.expand(n, -1, -1, -1)
+        return Context(condition, None if corner is None else corner.expand(n, -1))

@@ -7,12 +7,12 @@ swapped or cut short without notice.  Weights are kept in float16 and computed w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from recon.errors import InputError
 from recon.files import sha256, write_text, written_aside
 from recon.priors.base import Card
+from recon.priors.conditional import ConditionalNetworkPrior, Conditions
 from recon.priors.network import Architecture, NetworkPrior, ShuffledUNet, build_network
 from recon.schedules import Schedule
 from recon.space import Space
@@ -97,11 +98,41 @@ class Error(_Section):
     prior: float
     wiener: float
     identity: float
+    library: float | None = None  # scikit-image's non-local means
     prior_physical: float | None = None
 
 
+class Likeness(_Section):
+    """How unlike held-out images the prior's draws are, beside training images: see ``diagnostics.samples``.
+
+    images: how many on each side.  spectrum (dB), histogram and sliced (standard deviations): of draws against held-out images;
+    with ``_training``: of training images against the same, the mean over several subsets.
+    """
+
+    data: str
+    images: int
+    spectrum: float
+    spectrum_training: float
+    histogram: float
+    histogram_training: float
+    sliced: float
+    sliced_training: float
+
+
+class Drawn(_Section):
+    """The draws that were looked at: how many, in how many steps; ``draws.png`` shows the first ones."""
+
+    count: int
+    steps: int
+    seed: int
+    likeness: tuple[Likeness, ...]
+
+
 class PriorCard(_Section):
-    """The content of ``card.yaml``."""
+    """The content of ``card.yaml``.
+
+    conditions: what the network is told beside the image.  whole: the grid of the field of which the images are windows.
+    """
 
     name: str
     summary: str
@@ -111,17 +142,29 @@ class PriorCard(_Section):
     normalisation: Normalisation
     schedule: Sigmas
     architecture: Architecture
+    conditions: Conditions | None = None
+    whole: Grid | None = None
     weights: Weights
     data: tuple[Source, ...]
     held_out: tuple[str, ...]
     budget: Budget
     denoising: tuple[Error, ...]
+    draws: Drawn | None = None
     unfit_for: str
     weights_licence: str
     notes: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _channels(self) -> Self:
+        told = 0 if self.conditions is None else self.conditions.channels(self.architecture.fields)
+        if told != self.architecture.condition:
+            raise ValueError(
+                f"conditions make {told} channels; architecture.condition is {self.architecture.condition}"
+            )
+        return self
 
-FACTS = ("pixel_mm", "data", "held_out", "budget", "denoising", "unfit_for", "weights_licence", "notes")
+
+FACTS = ("pixel_mm", "whole", "data", "held_out", "budget", "denoising", "draws", "unfit_for", "weights_licence", "notes")
 """Keys of the card that the prior itself does not know; ``prior.card.facts`` holds them."""
 
 
@@ -156,6 +199,7 @@ def save_prior(folder: Path, prior: NetworkPrior) -> PriorCard:
         },
         "schedule": {"sigma_min": prior.schedule.sigma_min, "sigma_max": prior.schedule.sigma_max},
         "architecture": network.architecture,
+        "conditions": prior.inputs if isinstance(prior, ConditionalNetworkPrior) else None,
         "weights": {"sha256": "0" * 64, "dtype": "float16", "parameters": sum(v.numel() for v in halves.values())},
         **{key: prior.card.facts[key] for key in FACTS if key in prior.card.facts},
     }
@@ -166,13 +210,20 @@ def save_prior(folder: Path, prior: NetworkPrior) -> PriorCard:
         aside.chmod(0o644)  # safetensors makes files for their owner alone; a prior is for others too
     weights = card.weights.model_copy(update={"sha256": sha256(folder / WEIGHTS)})
     card = card.model_copy(update={"weights": weights})
+    write_card(folder, card)
+    return card
+
+
+def write_card(folder: Path, card: PriorCard) -> None:
+    """Write ``card.yaml``, whole or not at all."""
     text = yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
     write_text(folder / "card.yaml", text)
-    return card
 
 
 def load_prior(name_or_path: str | Path, workspace: str | Path | None = None) -> NetworkPrior:
     """The prior of a name or folder, looked up as in ``recon.store``; its weights are checked against its card.
+
+    A prior whose card has conditions is a ConditionalNetworkPrior.
 
     Raises InputError for an unknown name, a card with missing, unknown or wrong keys, and weights that are missing, changed,
     cut short, of another network, or not finite.
@@ -189,7 +240,9 @@ def load_prior(name_or_path: str | Path, workspace: str | Path | None = None) ->
         scale=card.normalisation.scale,
     )
     _fill(prior.network, _weights(folder, card), folder)
-    return prior
+    if card.conditions is None:
+        return prior
+    return ConditionalNetworkPrior(prior, card.conditions, None if card.whole is None else card.whole.space(card.unit))
 
 
 def read_card(folder: Path) -> PriorCard:

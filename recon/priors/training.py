@@ -1,145 +1,130 @@
-r"""Training of a denoiser (Karras et al. 2022, table 1 and section 5).
+r"""Training of a denoiser (Karras et al. 2022, section 5) on the loss of ``recon.priors.objective``.
 
-.. math::
-    L = E\, \lambda(\sigma)\, \| m \odot (D(z_0 + \sigma n, \sigma) - z_0) \|^2, \qquad
-    \lambda(\sigma) = \frac{\sigma^2 + s^2}{(\sigma s)^2}, \qquad \ln\sigma \sim N(P_{mean}, P_{std}^2),
+Adam with warm-up and a cosine decay to zero; the weights that are kept are an exponential moving average (EMA), at the end of
+the run or, with an early stop, at its best validation.  Data, noise and levels of step ``k`` are pure functions of (seed, k),
+and the gradient is added in a fixed order (``recon.priors.exchange``): a run gives the same bits on any number of threads and
+processes, and when it was killed and resumed, on another number of them too.  The exception is a decay that is told to follow
+the clock (``seconds``).
 
-with a mask ``m`` that leaves out pixels of unknown value; a share ``tail`` of the levels is log-uniform over the whole
-schedule, so that no level is left untrained.  Adam with warm-up and a cosine decay to zero; the weights that are kept are an
-exponential moving average (EMA).  Data, noise and levels of step ``k`` are pure functions of (seed, k): a run that was
-stopped and resumed gives the same bits as one that was not, unless the decay is told to follow the clock (``seconds``).
+Several processes under MPI, one per GPU where there are GPUs, each compute some chunks of every batch and then take the same
+step; rank 0 alone writes.  MPI carries the exchange: libraries that reduce on the device add in an order that depends on how
+many they are.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from recon.errors import InputError
-from recon.files import write_json, written_aside
-from recon.priors.denoising import denoising_error, network_denoiser
-from recon.priors.network import precondition
-from recon.schedules import Schedule
+from recon.comm import Comm, serial
+from recon.errors import InputError, ReconError, Stopped
+from recon.priors.denoising import denoising_error
+from recon.priors.exchange import gradient_sum
+from recon.priors.feed import Feed, Portion
+from recon.priors.hardware import pick_device, pick_precision, repeatable
+from recon.priors.objective import Batch, Batches, HeldOut, Task, denoising_loss, levels_and_noise, told_denoiser
+from recon.priors.training_config import EarlyStop, Progress, TrainingConfig
+from recon.priors.training_state import load_training, save_training
 
-Batches = Callable[[int, int], tuple[Tensor, Tensor]]
-"""(step, count) -> latent images (count, ny, nx) or (count, field, ny, nx) and their masks, 1.0 where the value is known."""
+__all__ = [
+    "Batch", "Batches", "EarlyStop", "HeldOut", "Progress", "Task", "Training", "TrainingConfig", "denoising_loss",
+    "levels_and_noise",
+]  # fmt: skip
 
-
-class TrainingConfig(BaseModel):
-    """How a network is trained.
-
-    The end comes at ``images`` or after ``seconds`` of training, whichever is first; the learning rate decays to zero along
-    the one that is closer.  A batch is cut into chunks, each the work of one thread; their gradients are added in a fixed
-    order, so the result does not depend on the number of threads.  learning_rate is reached after ``warmup`` images.  ema:
-    half-life of the average in images, and never more than a twentieth of those seen.  clip: largest norm of the gradient.
-    precision: "auto" times both types.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    seed: int = Field(default=0, ge=0)
-    images: int = Field(ge=1)
-    seconds: float | None = Field(default=None, gt=0)
-    batch: int = Field(default=16, ge=1)
-    chunk: int = Field(default=4, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
-    warmup: int = Field(default=1000, ge=0)
-    p_mean: float = -1.2
-    p_std: float = Field(default=1.2, gt=0)
-    tail: float = Field(default=0.1, ge=0, le=1)
-    ema: int = Field(default=1000, ge=1)
-    clip: float = Field(default=1.0, gt=0)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    progress_seconds: float = Field(default=30, gt=0)
-    checkpoint_seconds: float = Field(default=240, gt=0)
-    validate_images: int = Field(default=5000, ge=1)
-    validation_sigmas: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0, 10.0)
-
-    @model_validator(mode="after")
-    def _levels(self) -> TrainingConfig:
-        if not all(sigma > 0 for sigma in self.validation_sigmas):
-            raise ValueError("validation_sigmas must be positive")
-        return self
-
-
-@dataclass
-class Progress:
-    """Where a training run stands, and what its log says: one record per progress line or validation."""
-
-    step: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
+_UNREAD = 1000  # steps whose losses may wait on a GPU before they are looked at
 
 
 class Training:
     """One training run: a network, its average, its optimiser and its progress.
 
-    network: ``F`` of the preconditioned denoiser, trained in place.  batches: the data.  held_out: latent images (n, ...)
-    for the validation curve.  folder: where ``checkpoint.safetensors`` and ``log.json`` are kept; None keeps nothing.
+    task: the network, the data and the levels.  folder: where ``checkpoint.safetensors`` and ``log.json`` are kept; None keeps
+    nothing.  comm: the processes of the axis "draws" share the chunks of each batch; ``comm.workers`` threads compute chunks
+    side by side on a CPU.
 
-    ``run`` trains to the end; ``average`` holds the weights to keep.  A checkpoint found in the folder is resumed.
+    ``run`` trains to the end; ``averaged`` is what to keep.  A checkpoint found in the folder is resumed.
+
+    Raises InputError when there are more processes than chunks, an early stop has no held-out images, or the device or
+    checkpoint does not fit.
     """
 
     def __init__(
-        self,
-        config: TrainingConfig,
-        network: nn.Module,
-        batches: Batches,
-        schedule: Schedule,
-        *,
-        sigma_data: float,
-        held_out: Tensor | None = None,
-        folder: Path | None = None,
+        self, config: TrainingConfig, task: Task, folder: Path | None = None, comm: Comm | None = None
     ) -> None:
-        self.config, self.network, self.batches, self.schedule = config, network, batches, schedule
-        self.sigma_data, self.held_out, self.folder = sigma_data, held_out, folder
-        self.names = [name for name, _ in network.named_parameters()]
-        self.parameters = [p for _, p in network.named_parameters()]
+        self.config, self.task, self.folder, self.comm = config, task, folder, comm or serial()
+        self.axis = self.comm.draws
+        chunks = config.chunks
+        if self.axis.size > len(chunks):
+            raise InputError(
+                f"a batch of {config.batch} in chunks of {config.chunk} is work for {len(chunks)} processes; got "
+                f"{self.axis.size}: take fewer, a larger batch or smaller chunks"
+            )
+        if config.early_stop is not None and task.held_out is None:
+            raise InputError("early_stop needs held-out images for its validations; this task has none")
+        self.device = pick_device(config.device, self.axis)
+        self.precision = pick_precision(config.precision, self.device, self.axis)
+        self.network = task.network.to(self.device)
+        self.on_gpu = self.device.type == "cuda"
+        compiled: Any = torch.compile(self.network) if config.compile and self.on_gpu else self.network
+        self.forward: nn.Module = compiled
+        self.names = [name for name, _ in self.network.named_parameters()]
+        self.parameters = [p for _, p in self.network.named_parameters()]
         self.average = [p.detach().clone() for p in self.parameters]
+        self.best: list[Tensor] | None = None
         self.optimiser = torch.optim.Adam(self.parameters, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
-        self.precision = pick_precision() if config.precision == "auto" else getattr(torch, config.precision)
-        cores = len(os.sched_getaffinity(0))
-        self.pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
-        self.coming: Future[tuple[Tensor, Tensor]] | None = None
+        self.sum = gradient_sum(self.parameters, self.axis)
+        self.pool = ThreadPoolExecutor(self.comm.workers, initializer=torch.set_num_threads, initargs=(1,))
+        self.feed = Feed(config, task, [chunks[c] for c in self.comm.owned(len(chunks))], self.device, self.pool)
+        self.ahead = max(1, self.comm.workers) if self.on_gpu else 1
         self.progress = Progress()
-        if folder is not None and (folder / "checkpoint.safetensors").exists():
-            self._resume(folder / "checkpoint.safetensors")
+        self._unread: list[tuple[int, float, Tensor]] = []
+        self._losses: list[float] = []
+        load_training(self)
 
-    def run(self, say: Callable[[str], None] = lambda line: None, *, stop_after: int | None = None) -> Progress:
-        """Train to the end, or for ``stop_after`` more steps; checkpoint at the end and every few minutes on the way."""
+    def run(
+        self,
+        say: Callable[[str], None] = lambda line: None,
+        *,
+        stop_after: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Progress:
+        """Train to the end, or for ``stop_after`` more steps; checkpoint at the end and every few minutes on the way.
+
+        Raises Stopped, after a checkpoint, once ``stop()`` is true on some process; ReconError when the loss or gradient is
+        no longer finite, with the checkpoints left as they are; InputError for data that are not finite.
+        """
         started = time.monotonic() - self.progress.seconds
         last_said = last_saved = time.monotonic()
-        losses: list[float] = []
         steps = 0
-        while self.share() < 1 and (stop_after is None or steps < stop_after):
-            losses.append(self._step())
-            steps += 1
-            now = time.monotonic()
-            self.progress.seconds = now - started
-            if now - last_said >= self.config.progress_seconds:
-                say(self._line(losses))
-                last_said, losses = now, []
-            if self.progress.images % self.config.validate_images < self.config.batch and self.held_out is not None:
-                say(self.pool.submit(self._validate).result())
-            if self.folder is not None and now - last_saved >= self.config.checkpoint_seconds:
-                self.save()
-                last_saved = now
-        self.save()
+        with repeatable(self.device):
+            while self.share() < 1 and not self.progress.stopped and (stop_after is None or steps < stop_after):
+                self._step()
+                steps += 1
+                now = time.monotonic()
+                self.progress.seconds, asked = self._agreed(now - started, stop())
+                if now - last_said >= self.config.progress_seconds:
+                    say(self._line())
+                    last_said = now
+                if self.progress.images % self.config.validate_images < self.config.batch:
+                    self._validate(say)
+                if asked or now - last_saved >= self.config.checkpoint_seconds:
+                    self.save()
+                    last_saved = now
+                if asked:
+                    raise Stopped(
+                        f"stopped at step {self.progress.step} with a checkpoint; go on with the same command"
+                    )
+            if self.config.early_stop is not None and self.share() >= 1:
+                self._validate(say)
+            self.save()
+        self.axis.barrier()
         return self.progress
 
     def share(self) -> float:
@@ -153,29 +138,70 @@ class Training:
         return self.config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * self.share()))
 
     def averaged(self) -> dict[str, Tensor]:
-        """The averaged weights by name: what is kept of a run."""
-        return {name: value.clone() for name, value in zip(self.names, self.average, strict=True)}
+        """The averaged weights by name, on the CPU: what is kept of a run."""
+        kept = self.average if self.best is None else self.best
+        return {name: value.to("cpu", copy=True) for name, value in zip(self.names, kept, strict=True)}
 
-    def _step(self) -> float:
-        config = self.config
-        coming = self.coming or self.pool.submit(self.batches, self.progress.step, config.batch)
-        images, mask = coming.result()
-        self.coming = self.pool.submit(self.batches, self.progress.step + 1, config.batch)
-        sigma, noise = levels_and_noise(config, self.schedule, self.progress.step, tuple(images.shape))
-        chunks = [slice(first, first + config.chunk) for first in range(0, config.batch, config.chunk)]
-        parts = list(self.pool.map(lambda c: self._gradient(images[c], mask[c], sigma[c], noise[c]), chunks))
-        # Done by a worker too: threads of one operation that wait for each other stall on a machine shared with other work.
-        return self.pool.submit(self._update, parts, mask.sum()).result()
+    def save(self) -> None:
+        """Write the checkpoint and the log aside, then rename; on rank 0, and nothing without a folder.
 
-    def _update(self, parts: list[tuple[Tensor, tuple[Tensor, ...]]], known: Tensor) -> float:
+        Raises ReconError instead of writing what is no longer finite.
+        """
+        self._read()
+        save_training(self)
+
+    def _agreed(self, seconds: float, stop: bool) -> tuple[float, bool]:
+        """The clock of rank 0, and whether any process was asked to stop."""
+        if self.axis.size == 1:
+            return seconds, stop
+        everyone = self.axis.allgather((seconds, stop))
+        return everyone[0][0], any(asked for _, asked in everyone)
+
+    def _step(self) -> None:
+        portion = self.feed.take(self.progress.step, self.ahead)
+        known = sum(self._in_order(portion.known))
+        if known == 0:
+            raise InputError(f"no pixel of the training images of step {self.progress.step} is known")
+        self.sum.start(len(self.config.chunks), known)
+        for loss, gradients in self._gradients(portion):
+            self.sum.add(loss, gradients)
+        self._update(self.sum.finish())
+
+    def _in_order(self, mine: tuple[float, ...]) -> list[float]:
+        """One number per chunk of the batch, from those of this process's chunks."""
+        size, everyone = self.axis.size, self.axis.allgather(mine)
+        return [everyone[chunk % size][chunk // size] for chunk in range(len(self.config.chunks))]
+
+    def _gradients(self, portion: Portion) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Loss and gradient of each chunk of this process, in order; on a CPU by threads, with few of them in memory."""
+        if self.on_gpu:
+            yield from (self._gradient(*portion.piece(chunk)) for chunk in portion.pieces)
+            return
+        waiting: deque[Future[tuple[Tensor, tuple[Tensor, ...]]]] = deque()
+        for chunk in portion.pieces:
+            waiting.append(self.pool.submit(self._gradient, *portion.piece(chunk)))
+            if len(waiting) > self.comm.workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _gradient(self, batch: Batch, sigma: Tensor, noise: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        # Every weight is used once per pass: a cache of their bfloat16 copies would serve nobody, and threads share it.
+        low = self.precision is torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
+            loss = denoising_loss(self.forward, batch, sigma, noise, self.task.sigma_data)
+        return loss.detach(), torch.autograd.grad(loss, self.parameters)
+
+    def _update(self, loss: Tensor) -> None:
+        rate = self.learning_rate()
         for group in self.optimiser.param_groups:
-            group["lr"] = self.learning_rate()
-        for index, p in enumerate(self.parameters):
-            # With the strides of the parameter: the fused optimiser pairs elements in the order of memory.
-            p.grad = torch.zeros_like(p)
-            for _, grads in parts:
-                p.grad += grads[index] / known
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+            group["lr"] = rate
+        for p, gradient in zip(self.parameters, self.sum.gradients, strict=True):
+            p.grad = gradient
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        self._unread.append((self.progress.step, rate, torch.stack([loss, norm])))
+        if not self.on_gpu or len(self._unread) >= _UNREAD:
+            self._read()  # on a GPU it would wait for the step to end
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.progress.step += 1
@@ -185,33 +211,66 @@ class Training:
             torch._foreach_lerp_(
                 self.average, list[Tensor](self.parameters), 1 - 0.5 ** (self.config.batch / half_life)
             )
-        return float(sum(loss for loss, _ in parts) / known)
 
-    def _gradient(
-        self, images: Tensor, mask: Tensor, sigma: Tensor, noise: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision is torch.bfloat16):
-            loss = denoising_loss(self.network, images, mask, sigma, noise, self.sigma_data)
-        return loss.detach(), torch.autograd.grad(loss, self.parameters)
+    def _read(self) -> None:
+        """Look at the losses of the steps since the last look."""
+        if not self._unread:
+            return
+        numbers = torch.stack([pair for _, _, pair in self._unread]).tolist()
+        for (step, rate, _), (loss, norm) in zip(self._unread, numbers, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise ReconError(
+                    f"training diverged at step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate {rate:.3g}; "
+                    f"checkpoints from before are kept. Lower learning_rate or clip, lengthen warmup, or train in float32, "
+                    f"and start again with --fresh"
+                )
+        self._losses += [loss for loss, _ in numbers]
+        self._unread = []
 
-    def _validate(self) -> str:
-        assert self.held_out is not None
-        denoiser = network_denoiser(self.network, self.sigma_data)
+    def _validate(self, say: Callable[[str], None]) -> None:
+        """Held-out errors of the average at each level, the levels dealt to processes and threads; may end the run."""
+        held_out, config, progress = self.task.held_out, self.config, self.progress
+        if held_out is None or progress.validated == progress.images:
+            return
+        self._read()
         trained = [p.detach().clone() for p in self.parameters]
+        levels = config.validation_sigmas
         with torch.no_grad():
-            for p, mean in zip(self.parameters, self.average, strict=True):
-                p.copy_(mean)
-            errors = {sigma: denoising_error(denoiser, self.held_out, sigma) for sigma in self.config.validation_sigmas}
-            for p, value in zip(self.parameters, trained, strict=True):
-                p.copy_(value)
-        self.progress.history.append(
-            {"images": self.progress.images, **{f"rmse@{sigma:g}": error for sigma, error in errors.items()}}
-        )
-        return "held-out RMSE  " + "  ".join(f"{sigma:g}: {error:.4f}" for sigma, error in errors.items())
+            torch._foreach_copy_(list[Tensor](self.parameters), self.average)
+            mine = list(self.pool.map(self._error, [levels[i] for i in self.comm.owned(len(levels))]))
+            torch._foreach_copy_(list[Tensor](self.parameters), trained)
+        everyone = self.axis.allgather(mine)
+        errors = {sigma: everyone[i % len(everyone)][i // len(everyone)] for i, sigma in enumerate(levels)}
+        record = {"images": progress.images, **{f"rmse@{sigma:g}": error for sigma, error in errors.items()}}
+        say("held-out RMSE  " + "  ".join(f"{sigma:g}: {error:.4f}" for sigma, error in errors.items()))
+        progress.validated = progress.images
+        if config.early_stop is not None:
+            record["score"] = config.early_stop.score(errors)
+            self._judge(config.early_stop, record["score"], say)
+        progress.history.append(record)
 
-    def _line(self, losses: list[float]) -> str:
+    def _error(self, sigma: float) -> float:
+        assert self.task.held_out is not None
+        images, context = self.task.held_out
+        return denoising_error(told_denoiser(self.network, self.task.sigma_data, context, self.device), images, sigma)
+
+    def _judge(self, stop: EarlyStop, score: float, say: Callable[[str], None]) -> None:
+        """Keep the average when it is the best so far; end the run when it has not been for long enough."""
+        progress = self.progress
+        if progress.best is None or score < progress.best:
+            progress.best, progress.best_images, progress.waited = score, progress.images, 0
+            self.best = [mean.clone() for mean in self.average]
+            return
+        progress.waited += 1
+        if progress.waited >= stop.patience:
+            progress.stopped = True
+            say(f"no better for {progress.waited} validations: ends with the average of {progress.best_images} images")
+
+    def _line(self) -> str:
+        self._read()
         progress, rate = self.progress, self.progress.images / self.progress.seconds
-        loss = sum(losses) / len(losses)
+        loss = sum(self._losses) / len(self._losses)
+        self._losses = []
         progress.history.append(
             {"images": progress.images, "seconds": progress.seconds, "loss": loss, "lr": self.learning_rate()}
         )
@@ -220,79 +279,3 @@ class Training:
             f"{100 * self.share():5.1f} %  {progress.images} images  {rate:.1f}/s  loss {loss:.4f}  "
             f"lr {self.learning_rate():.2e}  left {left / 60:.1f} min"
         )
-
-    def save(self) -> None:
-        """Write the checkpoint and the log aside, then rename; nothing without a folder."""
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        for name, p, mean in zip(self.names, self.parameters, self.average, strict=True):
-            tensors |= {f"network.{name}": p.detach().contiguous(), f"average.{name}": mean.contiguous()}
-            for key, value in self.optimiser.state.get(p, {}).items():
-                tensors[f"adam.{key}.{name}"] = value.contiguous()
-        state = {"config": self.config.model_dump_json(), "progress": json.dumps(vars(self.progress))}
-        with written_aside(self.folder / "checkpoint.safetensors") as aside:
-            save_file(tensors, aside, metadata=state)
-        write_json(self.folder / "log.json", self.progress.history)
-
-    def _resume(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                stated: Mapping[str, str] = file.metadata()
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise InputError(f"{path} is damaged ({error}); remove it to train from the start") from error
-        if json.loads(stated["config"]) != json.loads(self.config.model_dump_json()):
-            raise InputError(f"{path} belongs to another training configuration; remove it or choose another folder")
-        if {n.removeprefix("network.") for n in tensors if n.startswith("network.")} != set(self.names):
-            raise InputError(f"{path} belongs to another network; remove it or choose another folder")
-        with torch.no_grad():
-            for name, p, mean in zip(self.names, self.parameters, self.average, strict=True):
-                p.copy_(tensors[f"network.{name}"])
-                mean.copy_(tensors[f"average.{name}"])
-                keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"adam.{k}.{name}" in tensors]
-                if keys:
-                    state = {k: torch.zeros_like(p) if k != "step" else torch.zeros(()) for k in keys}
-                    self.optimiser.state[p] = {k: v.copy_(tensors[f"adam.{k}.{name}"]) for k, v in state.items()}
-        self.progress = Progress(**json.loads(stated["progress"]))
-
-
-def denoising_loss(
-    network: nn.Module, images: Tensor, mask: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float
-) -> Tensor:
-    """``L`` of the module docstring for ``images`` (n, ...) at levels ``sigma`` (n,), summed over images and pixels."""
-    level = sigma.reshape(-1, *[1] * (images.ndim - 1))
-    denoised = precondition(network, images + level * noise, sigma, sigma_data)
-    weight = (level.square() + sigma_data**2) / (level * sigma_data).square()
-    return (weight * mask * (denoised - images).square()).sum()
-
-
-def levels_and_noise(
-    config: TrainingConfig, schedule: Schedule, step: int, shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """Noise levels (n,) and standard normal noise (n, ...) of a step: a pure function of (seed, step)."""
-    # An array of uint64: numpy takes a list with a number above 2^63 through float64, which forgets the step.
-    key = np.array([config.seed, (1 << 63) + step], dtype=np.uint64)
-    random = np.random.Generator(np.random.Philox(key=key))
-    log_sigma = config.p_mean + config.p_std * random.standard_normal(shape[0])
-    low, high = math.log(schedule.sigma_min), math.log(schedule.sigma_max)
-    flat = random.uniform(low, high, shape[0])
-    log_sigma = np.where(random.random(shape[0]) < config.tail, flat, np.clip(log_sigma, low, high))
-    noise = random.standard_normal(shape, dtype=np.float32)
-    return torch.from_numpy(np.exp(log_sigma)).to(torch.float32), torch.from_numpy(noise)
-
-
-def pick_precision() -> torch.dtype:
-    """The faster of float32 and bfloat16 for a 3 x 3 convolution on this processor, by a measurement of some 50 ms."""
-    times: dict[torch.dtype, float] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        layer = nn.Conv2d(64, 64, 3, padding=1, dtype=dtype).to(memory_format=torch.channels_last)
-        image = torch.zeros(4, 64, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            layer(image)
-            start = time.perf_counter()
-            for _ in range(3):
-                layer(image)
-            times[dtype] = time.perf_counter() - start
-    return torch.bfloat16 if times[torch.bfloat16] < 0.7 * times[torch.float32] else torch.float32

@@ -60,10 +60,12 @@ class Renormalised(Wrapped):
     def __init__(self, prior: Prior, like: Prior) -> None:
         _require_same_arrays(prior, like)
         if not (prior.affine and like.affine):
-            raise InputError(f"{prior.card.name!r} and {like.card.name!r} have latents of their own, not a shift and a scale")
+            raise InputError(
+                f"{prior.card.name!r} and {like.card.name!r} have latents of their own, not a shift and a scale"
+            )
         ratios = (like.scale / prior.scale).double().unique()
         self.ratio = float(ratios.mean())
-        if float((ratios - self.ratio).abs().max()) > 1e-12 * self.ratio:
+        if float((ratios - self.ratio).abs().max()) > 8 * torch.finfo(like.scale.dtype).eps * self.ratio:
             raise InputError(
                 f"the scales of {prior.card.name!r} and {like.card.name!r} differ by another factor in each field "
                 f"({', '.join(f'{float(r):.6g}' for r in ratios)}); one noise level cannot serve both"

@@ -73,8 +73,13 @@ def sample(
 
 
 def default_block(posterior: Posterior) -> int:
-    """Draws per block when nobody says: about 65,000 values, at least one draw and at most 4096."""
-    return max(1, min(4096, 65536 // posterior.prior.latent.size))
+    """Draws per block when nobody says; see ``block_of``."""
+    return block_of(posterior.prior.latent.size)
+
+
+def block_of(values: int) -> int:
+    """Draws of so many values that make a block of about 65,000: at least one draw and at most 4096."""
+    return max(1, min(4096, 65536 // values))
 
 
 def describe(sampler: Sampler) -> dict[str, Any]:

@@ -1,10 +1,19 @@
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import h5py
 import numpy as np
 import pytest
 import torch
 import yaml
 
-from recon.errors import InputError
+from recon.cli import main
+from recon.comm import launched_size
+from recon.errors import InputError, Stopped
 from recon.files import sha256
 from recon.priors import load_prior
 from recon.workflows.train import read_train_file, train
@@ -57,10 +66,12 @@ def lab(tmp_path, monkeypatch):
             "sha256": sha256(tmp_path / f"{name}.h5"),
         }
         (tmp_path / "datasets" / f"{name}.yaml").write_text(yaml.safe_dump(card))
-    before = torch.get_num_threads()
+    before, logged = torch.get_num_threads(), logging.getLogger("recon")
+    handlers, level = list(logged.handlers), logged.level
     torch.set_num_threads(1)
     yield tmp_path
     torch.set_num_threads(before)
+    logged.handlers[:], logged.level = handlers, level  # commands set up logging
 
 
 def write(folder, **changes):
@@ -182,7 +193,14 @@ def test_land_is_marked_as_unknown(lab):
     ("changes", "text"),
     [
         ({"architecture": {**FIELDS["architecture"], "size": [9, 12]}}, "architecture has size"),
-        ({"architecture": {**FIELDS["architecture"], "fields": 1}}, "fields 1"),
+        (
+            {"architecture": {**FIELDS["architecture"], "fields": 1}, "normalisation": SETTINGS["normalisation"]},
+            "fields 1",
+        ),
+        (
+            {"architecture": {**FIELDS["architecture"], "fields": 1}},
+            "shift has 2 numbers; give one, or one for each of the 1",
+        ),
         ({"fields": {"dataset": "weather", "phase": 0.5}}, "a phase is given to one magnitude"),
         ({"fields": {"dataset": "discs"}}, "holds no gridded fields"),
         ({"cuts": SETTINGS["cuts"]}, "either cuts"),
@@ -193,3 +211,67 @@ def test_fields_that_do_not_fit_are_refused(lab, changes, text):
     weather(lab)
     with pytest.raises(InputError, match=text):
         read_train_file(write_fields(lab, **changes)).data(None)
+
+
+def test_the_command_sets_keys_and_says_where_the_prior_is(lab, capsys):
+    path = write(lab)
+    assert (
+        main(["train", str(path), "--out", str(lab / "out"), "--set", "training.images=4", "--workspace", str(lab)])
+        == 0
+    )
+    assert capsys.readouterr().out == f"{lab / 'out'}\n"
+    assert yaml.safe_load((lab / "out" / "card.yaml").read_text())["budget"]["images"] == 4
+    assert main(["train", str(path), "--set", "training.batch=2", "--set", "training.chunk=3"]) == 2
+    assert "a batch of 2 images has no chunk of 3" in capsys.readouterr().err
+
+
+def test_a_signal_stops_at_a_checkpoint_and_the_same_command_goes_on(lab):
+    """The prior is that of a run that was left alone."""
+    path, lines = write(lab, training={**SETTINGS["training"], "images": 16, "progress_seconds": 1e-9}), []
+    train(path, lab / "whole")
+
+    def say(line):
+        lines.append(line)
+        if "8 images" in line:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped at step 3 with a checkpoint; go on with the same command"):
+        train(path, lab / "cut", say=say)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert lines[0].startswith("toy: ") and "weights on 1 x cpu in float32, from image 0" in lines[0]
+    assert not (lab / "cut" / "card.yaml").exists()
+    train(path, lab / "cut", say=lines.append)
+    assert any("from image 12" in line for line in lines)
+    assert (lab / "cut" / "weights.safetensors").read_bytes() == (lab / "whole" / "weights.safetensors").read_bytes()
+
+
+def test_a_checkpoint_of_other_data_is_not_continued(lab):
+    path = write(lab)
+    train(path)
+    text = path.read_text().replace("shift: 8.0", "shift: 7.0")
+    path.write_text(text)
+    with pytest.raises(InputError, match="belongs to other data or another normalisation"):
+        train(path)
+
+
+MPIEXEC = Path(sys.executable).parent / "mpiexec"
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(not MPIEXEC.exists(), reason="needs the mpiexec of the mpich wheel beside this python")
+def test_two_processes_write_the_prior_of_one(lab):
+    path = write(lab, training={**SETTINGS["training"], "batch": 6, "chunk": 2, "images": 18, "validate_images": 6})
+    train(path, lab / "one")
+    command = [str(MPIEXEC), "-n", "2", sys.executable, "-m", "recon", "train", str(path), "--out", str(lab / "two")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{lab / 'two'}\n" and "weights on 2 x cpu" in done.stderr
+    for name in ("weights.safetensors", "card.yaml"):
+        one, two = ((lab / folder / name).read_bytes() for folder in ("one", "two"))
+        if name == "card.yaml":
+            one, two = ({**yaml.safe_load(card), "budget": None} for card in (one, two))
+        assert one == two
+    assert launched_size()[0] == 1

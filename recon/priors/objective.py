@@ -1,0 +1,102 @@
+r"""The loss a denoiser is trained on, and where its levels and noise come from (Karras et al. 2022, table 1).
+
+.. math::
+    L = E\, \lambda(\sigma)\, \| m \odot (D(z_0 + \sigma n, \sigma) - z_0) \|^2, \qquad
+    \lambda(\sigma) = \frac{\sigma^2 + s^2}{(\sigma s)^2}, \qquad \ln\sigma \sim N(P_{mean}, P_{std}^2),
+
+with a mask ``m`` that leaves out pixels of unknown value; a share ``tail`` of the levels is log-uniform over the whole
+schedule, so that no level is left untrained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recon.priors.denoising import Denoiser
+from recon.priors.network import Context, precondition
+from recon.priors.training_config import TrainingConfig
+from recon.schedules import Schedule
+
+
+class Batch(NamedTuple):
+    """Latent images (n, ny, nx) or (n, field, ny, nx), masks (1.0 where the value is known), what the network is told."""
+
+    images: Tensor
+    known: Tensor
+    context: Context | None = None
+
+
+class HeldOut(NamedTuple):
+    """Latent images for the validation curve, and what the network is told of them."""
+
+    images: Tensor
+    context: Context | None = None
+
+
+Batches = Callable[[int, Sequence[int]], Batch | tuple[Tensor, Tensor]]
+"""(step, numbers within the batch of that step) -> those images: a pure function, called from several threads."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt: a network from its data.
+
+    network: ``F`` of the preconditioned denoiser, trained in place.  batches: the data.  schedule: levels of noise.
+    sigma_data: standard deviation of the latent images.  held_out: images for the validation curve.  identity: names the data
+    and their normalisation; a checkpoint of another identity is refused.
+    """
+
+    network: nn.Module
+    batches: Batches
+    schedule: Schedule
+    sigma_data: float
+    held_out: HeldOut | None = None
+    identity: str = ""
+
+
+def denoising_loss(network: nn.Module, batch: Batch, sigma: Tensor, noise: Tensor, sigma_data: float) -> Tensor:
+    """``L`` of the module docstring for a batch of ``n`` images at levels ``sigma`` (n,), summed over images and pixels."""
+    images, mask, context = batch
+    level = sigma.reshape(-1, *[1] * (images.ndim - 1))
+    denoised = precondition(network, images + level * noise, sigma, sigma_data, context)
+    weight = (level.square() + sigma_data**2) / (level * sigma_data).square()
+    return (weight * mask * (denoised - images).square()).sum()
+
+
+def told_denoiser(
+    network: nn.Module, sigma_data: float, context: Context | None = None, device: torch.device | None = None
+) -> Denoiser:
+    """The preconditioned ``network`` as a denoiser of images that come in order, once, on the CPU; ``context`` is of all."""
+    seen = 0
+
+    def denoise(z: Tensor, sigma: float) -> Tensor:
+        nonlocal seen
+        there = z.device if device is None else device
+        told = None if context is None else context.rows(slice(seen, seen + len(z))).to(there)
+        seen += len(z)
+        levels = torch.full((len(z),), sigma, device=there)
+        return precondition(network, z.to(there), levels, sigma_data, told).to(z.device)
+
+    return denoise
+
+
+def levels_and_noise(
+    config: TrainingConfig, schedule: Schedule, step: int, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Noise levels (n,) and standard normal noise (n, ...) of a step: a pure function of (seed, step)."""
+    # An array of uint64: numpy takes a list with a number above 2^63 through float64, which forgets the step.
+    key = np.array([config.seed, (1 << 63) + step], dtype=np.uint64)
+    random = np.random.Generator(np.random.Philox(key=key))
+    log_sigma = config.p_mean + config.p_std * random.standard_normal(shape[0])
+    low, high = math.log(schedule.sigma_min), math.log(schedule.sigma_max)
+    flat = random.uniform(low, high, shape[0])
+    log_sigma = np.where(random.random(shape[0]) < config.tail, flat, np.clip(log_sigma, low, high))
+    noise = random.standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(np.exp(log_sigma)).to(torch.float32), torch.from_numpy(noise)
