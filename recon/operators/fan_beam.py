@@ -208,17 +208,27 @@ class FanBeam(PlanarBeam):
         """
         if views < 1:
             raise InputError(f"a scan needs at least one view; got {views}")
-        far, radius = reach(domain), source_distance + detector_distance
-        if not far < source_distance:
-            raise InputError(
-                f"the source, {source_distance:g} m from the axis, turns inside the image, which reaches {far:g} m"
-            )
-        spacing = float(domain.spacing("x") or domain.spacing("y") or 0.0) * radius / source_distance
-        half = math.asin(far / source_distance)
-        half = radius * (math.tan(half) if shape == "flat" else half)
-        detectors = math.ceil(2 * half / spacing - 1e-9)
+        spacing = float(domain.spacing("x") or domain.spacing("y") or 0.0) * (1 + detector_distance / source_distance)
+        detectors = covering_fan(domain, source_distance, detector_distance, spacing, shape)
         angles = tuple(np.arange(views) * (arc / views))
         geometry = FanGeometry(
             angles, detectors, spacing, source_distance, detector_distance, shape=shape, projector=projector
         )
         return cls(domain, geometry)
+
+
+def covering_fan(
+    domain: Space, source_distance: float, detector_distance: float, spacing: float, shape: Shape = "flat"
+) -> int:
+    """The smallest number of detectors, centred on the axis of rotation, that sees every corner of the image; lengths in m.
+
+    Raises InputError where the source comes closer to the axis than a corner of the image.
+    """
+    far, radius = reach(domain), source_distance + detector_distance
+    if not far < source_distance:
+        raise InputError(
+            f"the source, {source_distance:g} m from the axis, turns inside the image, which reaches {far:g} m"
+        )
+    half = math.asin(far / source_distance)
+    half = radius * (math.tan(half) if shape == "flat" else half)
+    return max(1, math.ceil(2 * half / spacing - 1e-9))

@@ -6,12 +6,9 @@ import math
 import resource
 import time
 
-import torch
-
+from recon.checks import check_adjoint
 from recon.comm import Comm
 from recon.draws import Draws, blocks
-from recon.errors import CheckFailed
-from recon.operators.base import LinearOperator
 from recon.samplers.loop import block_threads, default_block
 from recon.workflows.problem import Job
 from recon.workflows.schema import Workflow
@@ -31,7 +28,7 @@ def forecast(workflow: Workflow, job: Job, comm: Comm) -> str:
         ("data", job.notes.get("data", "")),
         ("operator", operator.describe()),
         ("operator norm", f"{operator.norm():.4g} {operator.range.unit} per {operator.domain.unit}"),
-        ("adjoint test", f"{_adjoint_error(operator):.1e}, below 1e-5"),
+        ("adjoint test", f"{check_adjoint(operator):.1e}, below 1e-5"),
         ("likelihood", type(job.posterior.likelihood).__name__),
         ("prior", f"{job.prior.card.name}: {job.prior.card.summary}"),
         ("sampler", f"{sampler!r}"),
@@ -61,19 +58,6 @@ def _step_seconds(job: Job, draws: Draws) -> float:
             return time.perf_counter() - start
 
         return float(each(two, {0: None})[0])
-
-
-def _adjoint_error(operator: LinearOperator) -> float:
-    """``|<A u, v> - <u, A^T v>| / (|A u| |v|)`` for keyed random u, v."""
-    probe = Draws(0, [0])
-    u = probe.normal(0, operator.domain.shape, "probe", dtype=operator.dtype)
-    v = probe.normal(1, operator.range.shape, "probe", dtype=operator.dtype)
-    forward, back = operator.A(u).double(), operator.A_adjoint(v).double()
-    error = abs(float((forward * v.double()).sum() - (u.double() * back).sum()))
-    error /= float(torch.linalg.vector_norm(forward) * torch.linalg.vector_norm(v.double()))
-    if error > 1e-5:
-        raise CheckFailed(f"{operator.describe()}: the adjoint test gives {error:.1e}, expected below 1e-5")
-    return error
 
 
 def _clock(seconds: float) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from recon import comm as ranks
@@ -16,11 +17,15 @@ from recon.comm import Comm
 from recon.diagnostics.fit import data_fit
 from recon.ensemble import Ensemble
 from recon.errors import InputError
+from recon.operators.base import LinearOperator
+from recon.operators.fan_beam import FanGeometry
+from recon.operators.parallel_beam import ParallelGeometry
+from recon.operators.planar import PlanarBeam
 from recon.report import Evidence, write_report
 from recon.runs import Checkpoints, RunFolder
 from recon.samplers import sample
 from recon.samplers.loop import describe
-from recon.workflows.comparison import baselines
+from recon.workflows.comparison import baselines, chosen
 from recon.workflows.problem import Job, prepare
 from recon.workflows.provenance import environment, identity, weights_sha256
 from recon.workflows.schema import Workflow, load_workflow, resolved
@@ -44,6 +49,7 @@ def run(
     folder = RunFolder(Path(out) if out is not None else Path("runs") / Path(path).stem)
     folder.refuse_existing(overwrite)
     job = prepare(workflow)
+    chosen(workflow, job)  # refuses what the operator cannot have
     facts = environment(comm)
     comm.draws.barrier()  # nobody looks at the folder any more
     if comm.root:
@@ -99,38 +105,61 @@ def _carry_out(workflow: Workflow, job: Job, folder: RunFolder, comm: Comm, fact
 
 
 def _evidence(workflow: Workflow, job: Job, ensemble: Ensemble, facts: dict[str, Any]) -> Evidence:
-    log.info("comparing with the data and with %s", ", ".join(workflow.baselines) or "nothing else")
+    log.info("comparing with the data and with %s", ", ".join(chosen(workflow, job)) or "nothing else")
     m, card = job.measurement, job.prior.card
+    others, missing = baselines(workflow, job)
     sampler = describe(job.sampler)
     about = {
         "title": card.summary if not workflow.summary else workflow.summary,
-        "operator": f"{type(job.operator).__name__}: {len(job.operator.geometry.angles)} views, "
-        f"{job.operator.geometry.detectors} detectors of {1e3 * job.operator.geometry.spacing:.3g} mm, "
-        f"projector {job.operator.geometry.projector}",
+        "operator": _scan(job.operator),
         "noise": _noise(job),
         "data": job.notes.get("data", ""),
         "sampler": {"name": type(job.sampler).__name__, **sampler},
         "prior": {"name": card.name, "summary": card.summary, "sha256": weights_sha256(job), **dict(card.facts)},
         "cost": dict(ensemble.info["cost"]),
         "provenance": {**facts, "seed": workflow.seed, "draws": workflow.draws, "block": ensemble.info["block"]},
-        "warnings": job.warnings,
+        "warnings": [*job.warnings, *missing],
     }
-    line_integrals = job.posterior.likelihood.gaussian().y
+    fit, measured, space = data_fit(job.posterior.likelihood, ensemble), _shown(job), job.operator.range
+    if space.complex:  # the page shows magnitudes
+        space = dataclasses.replace(space, complex=False)
+        fit = dataclasses.replace(fit, residual=fit.residual.abs() / math.sqrt(2))
     return Evidence(
         ensemble=ensemble,
-        measurement=line_integrals,
-        range=job.operator.range,
-        fit=data_fit(job.posterior.likelihood, ensemble),
+        measurement=measured,
+        range=space,
+        fit=fit,
         truth=m.truth,
-        baselines=baselines(workflow, job),
+        baselines=others,
         facts=about,
         prior_std=_prior_std(job),
     )
 
 
 def _prior_std(job: Job) -> Tensor | None:
+    """Of the prior's draws, in the unit of the data: one number, or one per value where fields have their own."""
     sigma = getattr(job.prior, "sigma_data", None)
-    return None if sigma is None else torch.tensor(float(job.prior.scale) * sigma)
+    if sigma is None:
+        return None
+    std = (job.prior.scale * sigma).float()
+    return std.expand(job.posterior.space.shape).contiguous() if std.ndim else std
+
+
+def _shown(job: Job) -> Tensor:
+    """The measurement as the page shows it: line integrals, values, or magnitudes."""
+    values = job.posterior.likelihood.gaussian().y
+    return values.abs() if values.is_complex() else values
+
+
+def _scan(operator: LinearOperator) -> str:
+    """The operator in a line."""
+    scan = getattr(operator, "geometry", None)
+    if isinstance(scan, ParallelGeometry | FanGeometry):
+        return (
+            f"{type(operator).__name__}: {scan.views} views, {scan.detectors} detectors of {1e3 * scan.spacing:.3g} mm, "
+            f"projector {scan.projector}"
+        )
+    return operator.describe()
 
 
 def _noise(job: Job) -> str:
@@ -140,6 +169,7 @@ def _noise(job: Job) -> str:
         most, least = float(m.blank.mean()), float(m.values.min())
         return f"photon counts, {most:.4g} without the object, {least:.0f} at least behind it ({form})"
     assert m.sigma is not None
-    return (
-        f"Gaussian, standard deviation {float(m.sigma.mean()):.3g} of line integrals up to {float(m.values.max()):.3g}"
-    )
+    low, high = float(m.sigma.min()), float(m.sigma.max())
+    sigma = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+    what = "line integrals" if isinstance(job.operator, PlanarBeam) else "values"
+    return f"Gaussian, standard deviation {sigma} of {what} up to {float(m.values.abs().max()):.3g}"

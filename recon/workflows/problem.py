@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from recon.datasets.fields import FieldCard, load_fields
 from recon.datasets.measurement import Measurement, read_measurement
+from recon.datasets.observation import Observation
+from recon.datasets.sampling import FieldSampler, FieldSampling, image_space
 from recon.datasets.slices import SliceCard, Slices, load_slices, locate, read_dicom
 from recon.draws import Draws
 from recon.errors import InputError, need
 from recon.likelihoods import GaussianLikelihood, Likelihood, TransmissionLikelihood
-from recon.operators.parallel_beam import ParallelBeam, ParallelGeometry, covering
+from recon.operators.base import LinearOperator
+from recon.operators.coarse_grain import CoarseGrain
+from recon.operators.masked import Masked
+from recon.operators.parallel_beam import ParallelBeam
+from recon.operators.planar import PlanarBeam
+from recon.operators.point_sensors import PointSensors
 from recon.posterior import Posterior
 from recon.priors import Prior, load_prior
 from recon.samplers import Sampler
 from recon.space import Space
+from recon.workflows.operators import build, parallel_geometry
 from recon.workflows.schema import Noise, Workflow
+
+AVERAGING = (PointSensors, CoarseGrain, Masked)
+"""Operators whose data are means of the field, in its own units."""
+
+PHASE = 0.5  # radians: how much the made-up phase of a magnitude image varies
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,8 @@ class Job:
 
     posterior: Posterior
     sampler: Sampler
-    measurement: Measurement
-    operator: ParallelBeam
+    measurement: Measurement | Observation
+    operator: LinearOperator
     notes: dict[str, str]
     warnings: list[str]
 
@@ -50,18 +62,16 @@ def prepare(workflow: Workflow) -> Job:
     problem = workflow.problem
     notes: dict[str, str] = {}
     if problem.measurement is not None:
-        measurement = read_measurement(Path(problem.measurement))
-        if problem.operator is not None and geometry(problem.operator, measurement.image) != measurement.geometry:
-            raise InputError(
-                f"{problem.measurement} states another geometry than problem.operator; leave the operator out to use the file's"
-            )
-        operator = measurement.operator()
+        scan = read_measurement(Path(problem.measurement))
+        _require_same_scan(problem.operator, scan, problem.measurement)
+        operator: LinearOperator = scan.operator()
+        measurement: Measurement | Observation = scan
         notes["data"] = f"measured: {Path(problem.measurement).name}"
     else:
         truth, image, notes["data"] = _truth(problem.dataset, problem.index, prior)
-        operator = ParallelBeam.from_geometry(image, geometry(problem.operator, image))
+        operator = build(problem.operator, image)
         assert problem.noise is not None  # the schema asks for it beside a dataset
-        measurement = simulate(operator, truth, problem.noise, workflow.seed)
+        measurement = simulate(operator, truth, problem.noise, workflow.seed, prior)
         notes["data"] += "; simulated with the operator that reconstructs (same grid), so model error is absent"
     likelihood = _likelihood(measurement, operator, workflow.likelihood)
     sampler = workflow.sampler.build()
@@ -70,39 +80,79 @@ def prepare(workflow: Workflow) -> Job:
     return Job(posterior, sampler, measurement, operator, notes, _scope(prior, image=measurement.image))
 
 
-def geometry(definition: Any, image: Space) -> ParallelGeometry:  # noqa: ANN401  (a model of the group operators)
-    """The scan of an operator definition (mm, degrees) for an image grid."""
-    pixel = float(image.spacing("x") or 0.0)
-    spacing = pixel if definition.spacing_mm is None else definition.spacing_mm * 1e-3
-    offset = definition.offset_mm * 1e-3
-    first, arc = math.radians(definition.first_degree), math.radians(definition.arc_degrees)
-    angles = first + np.arange(definition.views) * (arc / definition.views)
-    detectors = definition.detectors or covering(image, spacing, offset)
-    return ParallelGeometry(tuple(angles), detectors, spacing, offset, definition.projector)
+def _require_same_scan(definition: Any, measurement: Measurement, file: str) -> None:  # noqa: ANN401
+    """Refuse an operator that is not the scan a measurement file states."""
+    if definition is None:
+        return
+    same = definition.type == "parallel_beam"
+    if not same or parallel_geometry(definition, measurement.image) != measurement.geometry:
+        raise InputError(
+            f"{file} states another geometry than problem.operator; leave the operator out to use the file's"
+        )
 
 
-def simulate(operator: ParallelBeam, truth: Tensor, noise: Noise, seed: int) -> Measurement:
-    """A measurement of ``truth`` (y, x) with keyed noise: counts, or Gaussian of a given or relative standard deviation."""
-    normal = Draws(seed, [0]).normal(0, operator.range.shape, "data")
-    clean = operator.A(truth[None])
-    parts = (operator.geometry, operator.domain)
+def simulate(
+    operator: LinearOperator, truth: Tensor, noise: Noise, seed: int, prior: Prior
+) -> Measurement | Observation:
+    """A measurement of ``truth`` with keyed noise: counts, or Gaussian of a given or relative standard deviation.
+
+    Raises InputError for noise that the operator's data cannot have.
+    """
+    kind = torch.complex64 if operator.range.complex else torch.float32
+    normal = Draws(seed, [0]).normal(0, operator.range.shape, "data", dtype=kind)
     if noise.counts is not None:
+        if not isinstance(operator, PlanarBeam):
+            raise InputError(
+                f"counts are photons; data of {type(operator).__name__} have noise of sigma, relative or spread"
+            )
         model = TransmissionLikelihood(operator, torch.zeros(operator.range.shape), noise.counts)
         counts = model.simulate(truth[None], normal)[0]
-        return Measurement(*parts, counts, blank=model.blank, background=model.background, truth=truth)
-    sigma = noise.sigma if noise.sigma is not None else (noise.relative or 0.0) * float(clean.abs().mean())
+        return _measured(operator, counts, truth, blank=model.blank, background=model.background)
+    clean = operator.A(truth[None])
+    sigma = _sigma(operator, clean, noise, prior)
+    noisy = clean + sigma * normal
+    sampled = getattr(operator, "sampled", None)  # k-space that was not measured stays zero
+    return _measured(operator, (noisy if sampled is None else sampled(noisy))[0], truth, sigma=sigma)
+
+
+def _measured(
+    operator: LinearOperator,
+    values: Tensor,
+    truth: Tensor,
+    sigma: Tensor | None = None,
+    blank: Tensor | None = None,
+    background: Tensor | None = None,
+) -> Measurement | Observation:
+    """In the format of parallel-beam scans where it is one."""
+    if isinstance(operator, ParallelBeam) and operator.domain.dims == ("y", "x"):
+        return Measurement(operator.geometry, operator.domain, values, sigma, blank, background, truth)
+    return Observation(operator.range, operator.domain, values, sigma, blank, background, truth)
+
+
+def _sigma(operator: LinearOperator, clean: Tensor, noise: Noise, prior: Prior) -> Tensor:
+    """Standard deviation of the data: (), or one per datum with ``spread``."""
+    if noise.spread is not None:
+        if not isinstance(operator, AVERAGING):
+            raise InputError(
+                "noise as a spread is a share of the prior's standard deviation, for operators that average the field "
+                f"(stations, coarse_grain, masked); {type(operator).__name__} takes sigma or relative"
+            )
+        size = (prior.scale.abs() * float(getattr(prior, "sigma_data", 1.0))).float()
+        return noise.spread * operator.A(size.expand(operator.domain.shape)[None].contiguous())[0]
+    measured = clean.abs()
+    seen = measured[measured > 0] if clean.is_complex() else measured  # zeros of k-space were not measured
+    level = float(seen.mean()) if seen.numel() else 0.0
+    sigma = noise.sigma if noise.sigma is not None else (noise.relative or 0.0) * level
     if not sigma > 0:
         raise InputError("the noise level is zero because the object projects to nothing; give noise as {sigma: ...}")
-    return Measurement(*parts, (clean + sigma * normal)[0], sigma=torch.tensor(sigma), truth=truth)
+    return torch.tensor(sigma)
 
 
-def _likelihood(measurement: Measurement, operator: ParallelBeam, kind: str) -> Likelihood:
+def _likelihood(measurement: Measurement | Observation, operator: LinearOperator, kind: str) -> Likelihood:
     m = measurement
     if m.blank is None or m.background is None:
         if kind == "transmission":
-            raise InputError(
-                "the transmission likelihood is that of photon counts; the measurement holds line integrals"
-            )
+            raise InputError("the transmission likelihood is that of photon counts; the measurement holds other data")
         assert m.sigma is not None  # read_measurement and simulate see to it
         return GaussianLikelihood(operator, m.values, m.sigma)
     counts = TransmissionLikelihood(operator, m.values, m.blank, m.background)
@@ -110,7 +160,9 @@ def _likelihood(measurement: Measurement, operator: ParallelBeam, kind: str) -> 
 
 
 def _truth(definition: Any, index: int, prior: Prior) -> tuple[Tensor, Space, str]:  # noqa: ANN401
-    """One slice on the prior's grid, its space, and where it comes from."""
+    """One image on the prior's grid, its space, and where it comes from."""
+    if isinstance(definition, FieldCard):
+        return _field(definition, index, prior)
     if isinstance(definition, SliceCard):
         slices = load_slices(definition, "test" if definition.use == "test" else "validation")
         where = f"slice {index} of {definition.name} ({definition.licence})"
@@ -136,6 +188,35 @@ def _truth(definition: Any, index: int, prior: Prior) -> tuple[Tensor, Space, st
     return torch.from_numpy(one.mu[0].copy()), Space.grid(wanted, float(one.pixel[0]), "1/m"), where
 
 
+def _field(card: FieldCard, index: int, prior: Prior) -> tuple[Tensor, Space, str]:
+    """One held-out field; a magnitude gets the smooth phase of a complex prior's training images."""
+    fields = load_fields(card, "test")
+    if index >= len(fields):
+        raise InputError(f"problem.index is {index}; {card.name} has {len(fields)} held-out fields, numbered from 0")
+    one = fields.rows(slice(index, index + 1))
+    where = f"field {index} of the held-out ones of {card.name} ({card.licence})"
+    factor = max(1, one.space.shape[-1] // prior.space.shape[-1])
+    if tuple(n // factor for n in one.space.shape[-2:]) != prior.space.shape[-2:]:
+        raise InputError(
+            f"{card.name} has fields of {one.space.shape[-2]} x {one.space.shape[-1]}; prior {prior.card.name!r} has "
+            f"{prior.space.shape[-2]} x {prior.space.shape[-1]}, and only whole multiples are averaged down"
+        )
+    if factor > 1:
+        where += f", averaged {factor} x {factor}"
+    phase = PHASE if prior.space.coords.get("channel") == ("real", "imag") else None
+    if phase is not None:
+        where += ", with a made-up smooth phase"
+    one = one.coarsened(factor)
+    values, known = FieldSampler(FieldSampling(dataset=card.name, phase=phase), one, index).batch(0, 1)
+    space = image_space(one, phase is not None)
+    if not bool(known.bool().all()):
+        raise InputError(
+            f"field {index} of {card.name} has {int((known == 0).sum())} unknown values (land, gaps); a truth to simulate from "
+            "must be known everywhere"
+        )
+    return values.reshape(space.shape), space, where
+
+
 def _dicom_path(definition: Any) -> Path:  # noqa: ANN401
     """The file of a DICOM definition: its own, or one that the pydicom package carries."""
     file = definition.file
@@ -153,8 +234,8 @@ def _dicom_path(definition: Any) -> Path:  # noqa: ANN401
 def _scope(prior: Prior, image: Space) -> list[str]:
     """Where the problem leaves what the prior was trained on."""
     limits = prior.card.facts.get("pixel_mm")
-    pixel = 1e3 * float(image.spacing("x") or 0.0)
-    if limits and not limits[0] * (1 - 1e-6) <= pixel <= limits[1] * (1 + 1e-6):
+    pixel = 1e3 * float((image.spacing("x") if "x" in image.dims else None) or 0.0)
+    if limits and pixel and not limits[0] * (1 - 1e-6) <= pixel <= limits[1] * (1 + 1e-6):
         return [
             f"pixels of {pixel:.3g} mm are outside the {limits[0]:g} to {limits[1]:g} mm that prior {prior.card.name!r} was "
             "trained on; its draws may not look like the object"

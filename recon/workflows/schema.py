@@ -5,7 +5,7 @@
     problem:
       dataset: ct_small               # or  measurement: FILE  in place of dataset and noise
       operator: sparse_view_ct
-      noise: {counts: 1.0e5}          # or {sigma: 0.01} in data units, or {relative: 0.01} of the mean |A x|
+      noise: {counts: 1.0e5}          # or {sigma: 0.01} in data units, {relative: 0.01} of the mean |A x|, {spread: 0.1}
     prior: ct_axial
     sampler: {method: mmps, steps: 100}
     draws: 16
@@ -33,25 +33,27 @@ from recon.workflows.problems import validated
 from recon.workflows.sections import Made, sampler_section
 from recon.workflows.source import KeyPath, Source, dotted, read_source, to_yaml
 
-Baseline = Literal["fbp", "tv"]
+Baseline = Literal["fbp", "tv", "zero_filled", "sense", "least_squares"]
 
 
 class Noise(Section):
-    """The noise that is added to simulated data; exactly one of the three.
+    """The noise that is added to simulated data; exactly one of the four.
 
-    counts: photons per detector without an object (CT).  sigma: standard deviation in data units.  relative: the same as a
-    share of the mean of ``|A x|``.
+    counts: photons per detector without an object (CT).  sigma: standard deviation in data units (of the real and the
+    imaginary part each).  relative: the same as a share of the mean of ``|A x|`` over what was measured.  spread: as a share
+    of the prior's own standard deviation, variable by variable (stations, coarse grids, masks).
     """
 
     counts: Positive | None = None
     sigma: Positive | None = None
     relative: Positive | None = None
+    spread: Positive | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Noise:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"expected exactly one of counts, sigma, relative; got {', '.join(given) or 'none'}")
+            raise ValueError(f"expected exactly one of counts, sigma, relative, spread; got {', '.join(given) or 'none'}")
         return self
 
 
@@ -88,7 +90,8 @@ class Workflow(Section):
 
     summary: one line for `recon list`.  likelihood: of the post-log data (gaussian) or of the photon counts (transmission).
     draws: how many.  seed: of all random numbers.  block: draws that are computed together; null leaves it to recon.
-    baselines: conventional reconstructions for comparison.  checkpoint_every: seconds between checkpoints.
+    baselines: conventional reconstructions for comparison; null is those that suit the operator.  checkpoint_every: seconds
+    between checkpoints.
     """
 
     summary: str = ""
@@ -99,7 +102,7 @@ class Workflow(Section):
     draws: Whole = Field(default=16, ge=1, le=2**32)
     seed: Whole = Field(default=0, ge=0, lt=2**64)
     block: Whole | None = Field(default=None, ge=1)
-    baselines: Annotated[tuple[Baseline, ...], Items] = ("fbp", "tv")
+    baselines: Annotated[tuple[Baseline, ...], Items] | None = None
     checkpoint_every: Positive = 60.0
 
     @model_validator(mode="after")

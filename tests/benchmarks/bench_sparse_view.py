@@ -1,6 +1,9 @@
 """Sparse-view CT on held-out real slices: posterior mean against filtered back-projection and tuned total variation.
 
     RECON_DATA=DIR python tests/benchmarks/bench_sparse_view.py [--slices 20] [--draws 16] [--method mmps] [--steps 30]
+        [--levels 20 0.01] [--renewal 0.5]
+
+levels: first and last noise level.  renewal: share of the noise that DiffPIR renews in a step (its zeta).
 
 The first slices of the held-out set, one per patient while patients last, averaged 2 x 2 to 128 x 128; 60 views over 180
 degrees; Gaussian noise of 1 %, of what authors count differently (``--noise``): the root mean square of the line integrals
@@ -28,7 +31,7 @@ from recon.draws import Draws
 from recon.likelihoods import GaussianLikelihood
 from recon.operators import ParallelBeam
 from recon.priors import load_prior
-from recon.samplers import METHODS, Sampler
+from recon.samplers import METHODS, Renoise, Sampler
 from recon.store import find
 from recon.workflows.definitions import read_definition
 
@@ -96,11 +99,16 @@ def main() -> None:
     options.add_argument("--draws", type=int, default=16)
     options.add_argument("--method", choices=METHODS, default="mmps")
     options.add_argument("--steps", type=int, default=30)
+    options.add_argument("--levels", type=float, nargs=2, default=(20.0, 0.01))
+    options.add_argument("--renewal", type=float)
     options.add_argument("--prior", default="ct_axial")
     options.add_argument("--noise", choices=LEVELS, default="rms")
     chosen = options.parse_args()
     prior = load_prior(chosen.prior)
-    sampler: Sampler = METHODS[chosen.method](steps=chosen.steps, sigma_max=20.0, sigma_min=0.01)  # type: ignore[call-arg]
+    settings = {"steps": chosen.steps, "sigma_max": chosen.levels[0], "sigma_min": chosen.levels[1]}
+    if chosen.renewal is not None:
+        settings["transition"] = Renoise(chosen.renewal)
+    sampler: Sampler = METHODS[chosen.method](**settings)
     problems = cases(chosen.slices, chosen.noise)
     weight, smooth = best_tv(problems)
     scene = f"{len(problems)} slices, {VIEWS} views, noise {NOISE:.0%} of the {chosen.noise}"

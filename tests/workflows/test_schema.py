@@ -155,7 +155,7 @@ def test_a_measurement_takes_the_place_of_dataset_and_noise(load: Load, workspac
         ("1.0e5", "true", r"problem\.noise\.counts: expected a number; got true"),
         ("1.0e5", ".nan", r"problem\.noise\.counts: expected a finite number; got nan"),
         ("1.0e5", "-3", r"problem\.noise\.counts: expected a number > 0; got -3"),
-        ("1.0e5", "1.0e5, sigma: 1", r"problem\.noise: expected exactly one of counts, sigma, relative; got counts, sigma"),
+        ("1.0e5", "1.0e5, sigma: 1", r"noise: expected exactly one of counts, sigma, relative, spread; got counts, sigma"),
         ("{counts: 1.0e5}", "{}", r"problem\.noise: expected exactly one .* got none"),
         ("{counts: 1.0e5}", "[1]", r"problem\.noise: expected a section with keys of its own; got a list"),
         ("mmps", "mmsp", r"w\.yaml:6:19: sampler\.method: expected one of .*; got 'mmsp' \(did you mean 'mmps'\?\)"),
