@@ -1,8 +1,8 @@
 """Conjugate gradients on a whole batch, each system on its own.
 
 Solves ``K x = b`` for symmetric positive definite ``K`` acting on (n, ...): every inner product is per draw, and a draw that
-has converged (or met a direction of non-positive curvature, as the Jacobian of a learnt denoiser can produce) keeps its last
-iterate while the others go on.  So the answer for one draw does not depend on its company.
+has converged (or met a direction of less curvature than ``K`` can have, as the Jacobian of a learnt denoiser produces) keeps
+its last iterate while the others go on.  So the answer for one draw does not depend on its company.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from recon.errors import InputError
+
+_ROUNDING = 1e-3  # of sums over many float32 values, where K is all but ``least`` times the identity
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,14 @@ class CG:
         if self.iterations < 1 or self.tolerance < 0:
             raise InputError(f"CG needs iterations >= 1 and tolerance >= 0; got {self}")
 
-    def solve(self, matvec: Callable[[Tensor], Tensor], b: Tensor, x0: Tensor | None = None) -> Tensor:
-        """``x`` with ``matvec(x) = b``; all tensors (n, ...)."""
+    def solve(
+        self, matvec: Callable[[Tensor], Tensor], b: Tensor, x0: Tensor | None = None, least: float = 0.0
+    ) -> Tensor:
+        """``x`` with ``matvec(x) = b``; all tensors (n, ...).
+
+        least: a number that no eigenvalue of ``K`` can be below.  A step divides by the curvature ``p^T K p / p^T p``, so where
+        ``K`` is not what it should be, a direction with less of it is noise made large, and the draw stops before it.
+        """
         x = torch.zeros_like(b) if x0 is None else x0.clone()
         r = b.clone() if x0 is None else b - matvec(x0)
         p = r
@@ -40,7 +48,7 @@ class CG:
                 break
             q = matvec(p)
             curvature = dot(p, q)
-            active = active & (curvature > 0)
+            active = active & (curvature > 0) & (curvature >= (1 - _ROUNDING) * least * dot(p, p))
             alpha = torch.where(active, rr / torch.where(active, curvature, 1.0), 0.0)
             x = x + spread(alpha, p) * p
             r = r - spread(alpha, q) * q

@@ -89,6 +89,16 @@ def test_an_indefinite_system_does_not_blow_up():
     assert torch.equal(all_negative[1], torch.zeros(8, dtype=torch.float64))
 
 
+def test_a_direction_of_too_little_curvature_is_left_out():
+    """K should be at least the identity; an eigenvalue of 1e-4 in one system would make its answer 10^4 times too large."""
+    proper, wrong = (torch.diag(torch.tensor([2.0, 3, 4, 5, 6, 7, 8, last])).double() for last in (9.0, 1e-4))
+    K, b = torch.stack([wrong, proper]), torch.ones(2, 8, dtype=torch.float64)
+    free, bounded = CG(100, 1e-12).solve(product(K), b), CG(100, 1e-12).solve(product(K), b, least=1.0)
+    assert float(free[0].norm()) > 1e3
+    assert float(bounded[0].norm()) <= float(b[0].norm())
+    assert torch.equal(free[1], bounded[1])
+
+
 def test_nothing_asked_nothing_given():
     K, b = systems(2, 6, [1.0, 10.0]), torch.zeros(2, 6, dtype=torch.float64)
     assert torch.equal(CG().solve(product(K), b), b)
