@@ -5,6 +5,7 @@ from recon.priors.compute import Accelerated, Compute, accelerate
 from recon.priors.conditional import ConditionalGaussianPrior, ConditionalNetworkPrior, ConditionalPrior
 from recon.priors.gaussian import GaussianPrior
 from recon.priors.guidance import Guided, guided
+from recon.priors.latent import LatentPrior
 from recon.priors.lifting import SlicesPrior, perpendicular
 from recon.priors.loading import load_prior
 from recon.priors.mixture import GaussianMixturePrior
@@ -24,6 +25,7 @@ __all__ = [
     "GaussianMixturePrior",
     "GaussianPrior",
     "Guided",
+    "LatentPrior",
     "Mixture",
     "NetworkPrior",
     "Prior",

@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recon.priors.denoising import Denoiser
+from recon.priors.denoising import Denoiser, denoising_error
 from recon.priors.network import Context, precondition
 from recon.priors.training_config import TrainingConfig
 from recon.schedules import Schedule
@@ -44,13 +44,39 @@ Batches = Callable[[int, Sequence[int]], Batch | tuple[Tensor, Tensor]]
 """(step, numbers within the batch of that step) -> those images: a pure function, called from several threads."""
 
 
+class Objective(Protocol):
+    """What training makes small, and the error that its validations report."""
+
+    def loss(self, network: nn.Module, batch: Batch, sigma: Tensor, noise: Tensor) -> Tensor:
+        """Of a batch with levels (n,) and white noise of the images' shape, summed over images and pixels: ()."""
+
+    def error(self, network: nn.Module, held_out: HeldOut, sigma: float, device: torch.device) -> float:
+        """Of held-out images at one of the validation's levels."""
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """``L`` of the module docstring, and the denoising error; sigma_data: standard deviation of the latent images."""
+
+    sigma_data: float
+
+    def loss(self, network: nn.Module, batch: Batch, sigma: Tensor, noise: Tensor) -> Tensor:
+        """``denoising_loss``."""
+        return denoising_loss(network, batch, sigma, noise, self.sigma_data)
+
+    def error(self, network: nn.Module, held_out: HeldOut, sigma: float, device: torch.device) -> float:
+        """``denoising_error``."""
+        images, context = held_out
+        return denoising_error(told_denoiser(network, self.sigma_data, context, device), images, sigma)
+
+
 @dataclass(frozen=True)
 class Task:
     """What is learnt: a network from its data.
 
     network: ``F`` of the preconditioned denoiser, trained in place.  batches: the data.  schedule: levels of noise.
     sigma_data: standard deviation of the latent images.  held_out: images for the validation curve.  identity: names the data
-    and their normalisation; a checkpoint of another identity is refused.
+    and their normalisation; a checkpoint of another identity is refused.  objective: in place of denoising.
     """
 
     network: nn.Module
@@ -59,6 +85,12 @@ class Task:
     sigma_data: float
     held_out: HeldOut | None = None
     identity: str = ""
+    objective: Objective | None = None
+
+    @property
+    def aim(self) -> Objective:
+        """What is made small."""
+        return Denoising(self.sigma_data) if self.objective is None else self.objective
 
 
 def denoising_loss(network: nn.Module, batch: Batch, sigma: Tensor, noise: Tensor, sigma_data: float) -> Tensor:

@@ -19,14 +19,17 @@ from torch import Tensor
 
 from recon.errors import InputError
 from recon.files import sha256, write_text, written_aside
+from recon.priors.autoencoder import AutoencoderArchitecture, build_autoencoder
 from recon.priors.base import Card
 from recon.priors.conditional import ConditionalNetworkPrior, Conditions
+from recon.priors.latent import LatentPrior
 from recon.priors.network import Architecture, NetworkPrior, ShuffledUNet, build_network
 from recon.schedules import Schedule
 from recon.space import Space
 from recon.store import find
 
 WEIGHTS = "weights.safetensors"
+_CODER = "coder."  # the weights of an autoencoder beside those of the denoiser
 
 
 class _Section(BaseModel):
@@ -62,6 +65,18 @@ class Sigmas(_Section):
 
     sigma_min: float = Field(gt=0)
     sigma_max: float = Field(gt=0)
+
+
+class Coder(_Section):
+    """The autoencoder of a latent prior, and the mean and standard deviation of each channel of its latents.
+
+    rmse: of held-out images that were coded and decoded, in the physical unit, by data set.
+    """
+
+    architecture: AutoencoderArchitecture
+    mean: tuple[float, ...]
+    std: tuple[Positive, ...]
+    rmse: dict[str, float] = Field(default_factory=dict)
 
 
 class Source(_Section):
@@ -132,6 +147,7 @@ class PriorCard(_Section):
     """The content of ``card.yaml``.
 
     conditions: what the network is told beside the image.  whole: the grid of the field of which the images are windows.
+    autoencoder: of a prior whose denoiser works on latents; architecture, schedule and sigma_data are of those.
     """
 
     name: str
@@ -142,6 +158,7 @@ class PriorCard(_Section):
     normalisation: Normalisation
     schedule: Sigmas
     architecture: Architecture
+    autoencoder: Coder | None = None
     conditions: Conditions | None = None
     whole: Grid | None = None
     weights: Weights
@@ -177,7 +194,10 @@ def save_prior(folder: Path, prior: NetworkPrior) -> PriorCard:
     network = prior.network
     if not isinstance(network, ShuffledUNet):
         raise InputError(f"only priors over networks of build_network can be saved; got {type(network).__name__}")
-    halves = {name: value.detach().to(torch.float16).contiguous() for name, value in network.named_parameters()}
+    named = dict(network.named_parameters())
+    if isinstance(prior, LatentPrior):
+        named |= {f"{_CODER}{name}": value for name, value in prior.coder.named_parameters()}
+    halves = {name: value.detach().to(torch.float16).contiguous() for name, value in named.items()}
     unfit = [name for name, value in halves.items() if not bool(value.isfinite().all())]
     if unfit:
         raise InputError(f"weights that are not finite numbers of float16 cannot be saved: {', '.join(unfit)}")
@@ -199,6 +219,7 @@ def save_prior(folder: Path, prior: NetworkPrior) -> PriorCard:
         },
         "schedule": {"sigma_min": prior.schedule.sigma_min, "sigma_max": prior.schedule.sigma_max},
         "architecture": network.architecture,
+        "autoencoder": _coder(prior),
         "conditions": prior.inputs if isinstance(prior, ConditionalNetworkPrior) else None,
         "weights": {"sha256": "0" * 64, "dtype": "float16", "parameters": sum(v.numel() for v in halves.values())},
         **{key: prior.card.facts[key] for key in FACTS if key in prior.card.facts},
@@ -223,23 +244,27 @@ def write_card(folder: Path, card: PriorCard) -> None:
 def load_prior(name_or_path: str | Path, workspace: str | Path | None = None) -> NetworkPrior:
     """The prior of a name or folder, looked up as in ``recon.store``; its weights are checked against its card.
 
-    A prior whose card has conditions is a ConditionalNetworkPrior.
+    A prior whose card has conditions is a ConditionalNetworkPrior, one with an autoencoder a LatentPrior.
 
     Raises InputError for an unknown name, a card with missing, unknown or wrong keys, and weights that are missing, changed,
     cut short, of another network, or not finite.
     """
     folder = find("priors", name_or_path, workspace)
     card = read_card(folder)
-    prior = NetworkPrior(
-        card.grid.space(card.unit),
-        Schedule(card.schedule.sigma_min, card.schedule.sigma_max),
-        Card(card.name, card.summary, card.model_dump(mode="json", exclude={"name", "summary"}, exclude_none=True)),
-        build_network(card.architecture),
-        sigma_data=card.normalisation.sigma_data,
-        shift=card.normalisation.shift,
-        scale=card.normalisation.scale,
-    )
-    _fill(prior.network, _weights(folder, card), folder)
+    space, schedule = card.grid.space(card.unit), Schedule(card.schedule.sigma_min, card.schedule.sigma_max)
+    facts = Card(card.name, card.summary, card.model_dump(mode="json", exclude={"name", "summary"}, exclude_none=True))
+    network, weights = build_network(card.architecture), _weights(folder, card)
+    numbers = card.normalisation.model_dump()
+    if card.autoencoder is not None:
+        coder = build_autoencoder(card.autoencoder.architecture)
+        for name in ("mean", "std"):
+            getattr(coder, name).copy_(torch.tensor(getattr(card.autoencoder, name)).reshape(-1, 1, 1))
+        mine = {name for name in weights if name.startswith(_CODER)}
+        _fill(coder, {name.removeprefix(_CODER): weights.pop(name) for name in mine}, folder)
+        _fill(network, weights, folder)
+        return LatentPrior(space, schedule, facts, (network, coder), **numbers)
+    _fill(network, weights, folder)
+    prior = NetworkPrior(space, schedule, facts, network, **numbers)
     if card.conditions is None:
         return prior
     return ConditionalNetworkPrior(prior, card.conditions, None if card.whole is None else card.whole.space(card.unit))
@@ -255,6 +280,15 @@ def read_card(folder: Path) -> PriorCard:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {error}") from error
     return _validated(content, str(path))
+
+
+def _coder(prior: NetworkPrior) -> dict[str, Any] | None:
+    """The section ``autoencoder`` of a card."""
+    if not isinstance(prior, LatentPrior):
+        return None
+    numbers = {name: tuple(getattr(prior.coder, name).flatten().tolist()) for name in ("mean", "std")}
+    told = prior.card.facts.get("autoencoder", {})
+    return {"architecture": prior.coder.architecture, **numbers, "rmse": told.get("rmse", {})}
 
 
 def _plain(values: Tensor) -> float | tuple[float, ...]:

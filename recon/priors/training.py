@@ -1,4 +1,4 @@
-r"""Training of a denoiser (Karras et al. 2022, section 5) on the loss of ``recon.priors.objective``.
+r"""Training of a denoiser (Karras et al. 2022, section 5), or of what a task's ``objective`` says, on its loss.
 
 Adam with warm-up and a cosine decay to zero; the weights that are kept are an exponential moving average (EMA), at the end of
 the run or, with an early stop, at its best validation.  Data, noise and levels of step ``k`` are pure functions of (seed, k),
@@ -26,11 +26,10 @@ from torch import Tensor, nn
 
 from recon.comm import Comm, serial
 from recon.errors import InputError, ReconError, Stopped
-from recon.priors.denoising import denoising_error
 from recon.priors.exchange import gradient_sum
 from recon.priors.feed import Feed, Portion
 from recon.priors.hardware import pick_device, pick_precision, repeatable
-from recon.priors.objective import Batch, Batches, HeldOut, Task, denoising_loss, levels_and_noise, told_denoiser
+from recon.priors.objective import Batch, Batches, HeldOut, Task, denoising_loss, levels_and_noise
 from recon.priors.training_config import EarlyStop, Progress, TrainingConfig
 from recon.priors.training_state import load_training, save_training
 
@@ -189,7 +188,7 @@ class Training:
         # Every weight is used once per pass: a cache of their bfloat16 copies would serve nobody, and threads share it.
         low = self.precision is torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
-            loss = denoising_loss(self.forward, batch, sigma, noise, self.task.sigma_data)
+            loss = self.task.aim.loss(self.forward, batch, sigma, noise)
         return loss.detach(), torch.autograd.grad(loss, self.parameters)
 
     def _update(self, loss: Tensor) -> None:
@@ -251,8 +250,7 @@ class Training:
 
     def _error(self, sigma: float) -> float:
         assert self.task.held_out is not None
-        images, context = self.task.held_out
-        return denoising_error(told_denoiser(self.network, self.task.sigma_data, context, self.device), images, sigma)
+        return self.task.aim.error(self.network, self.task.held_out, sigma, self.device)
 
     def _judge(self, stop: EarlyStop, score: float, say: Callable[[str], None]) -> None:
         """Keep the average when it is the best so far; end the run when it has not been for long enough."""

@@ -67,7 +67,7 @@ def inspect(
 
 
 def _likeness(prior: Prior, data: TrainingData, name: str, held_out: Images, x: Tensor) -> Likeness:
-    """In latent coordinates, where fields of different units are comparable; only where every image is known."""
+    """In normalised pixels, where fields of different units are comparable; only where every image is known."""
     count = min(len(x), len(held_out[0]))
     step = len(held_out[0]) / count
     rows = torch.tensor([int(i * step) for i in range(count)])
@@ -76,7 +76,7 @@ def _likeness(prior: Prior, data: TrainingData, name: str, held_out: Images, x: 
     if not bool(everywhere.any()):  # clipped values differ from image to image: compare them as they are
         everywhere = torch.ones_like(everywhere)
     real, drawn, pool = (
-        torch.where(everywhere, prior.encode(v), 0.0) for v in (held_out[0][rows], x[:count], training)
+        torch.where(everywhere, Prior.encode(prior, v), 0.0) for v in (held_out[0][rows], x[:count], training)
     )
     ours = distances(drawn, real)
     training_row = _mean(floor(pool, real, _SUBSETS))
@@ -93,7 +93,9 @@ def _mean(rows: list[Distances]) -> Distances:
 
 
 def _completed(prior: Prior, held_out: Images, row: Error) -> Error:
-    """The row with the error of non-local means on the same noisy images."""
+    """The row with the error of non-local means on the same noisy images; latents of a network are none."""
+    if not prior.affine:
+        return row
     images, known = prior.encode(held_out[0]).float(), held_out[1]
     return row.model_copy(update={"library": _short(denoising_error(non_local_means, images, row.sigma, known=known))})
 

@@ -15,18 +15,23 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from recon import comm as ranks
 from recon.comm import Comm
 from recon.datasets.sampling import Sample
+from recon.errors import InputError
+from recon.priors.autoencoder import Autoencoder
 from recon.priors.base import Card
 from recon.priors.conditional import ConditionalNetworkPrior
-from recon.priors.denoising import Wiener, denoising_error
+from recon.priors.denoising import Denoiser, Wiener, denoising_error, network_denoiser
+from recon.priors.latent import LatentPrior
 from recon.priors.network import NetworkPrior, build_network
 from recon.priors.objective import told_denoiser
 from recon.priors.store import save_prior
 from recon.priors.training import Batch, HeldOut, Task, Training
 from recon.schedules import Schedule
+from recon.workflows.autoencode import Shown, coded, fitted, loss_of_coding, seen_through
 from recon.workflows.train_file import TrainFile, read_train_file
 from recon.workflows.training_data import TrainingData
 
@@ -34,6 +39,7 @@ __all__ = ["TrainFile", "export", "prepare", "read_train_file", "train"]
 
 log = logging.getLogger("recon.train")
 
+_CODER = "autoencoder"  # folder of its training, beside that of the denoiser
 _FIT_IMAGES = 1024  # training images from which the Wiener filter learns its mean and spectrum
 
 
@@ -60,45 +66,81 @@ def train(
     out = path.parent if out is None else out
     folder = out / "training"
     if not resume and comm.root:
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    training = prepare(file, folder, workspace, comm)
-    say(
-        f"{file.name}: {sum(p.numel() for p in training.parameters):,} weights on {comm.draws.size} x {training.device.type} "
-        f"in {str(training.precision).removeprefix('torch.')}, from image {training.progress.images:,}"
-    )
+        for place in (folder, folder / _CODER):
+            (place / "checkpoint.safetensors").unlink(missing_ok=True)
     with _asked_to_stop() as asked:
+        coder = autoencoder(file, folder, workspace, comm, say, asked)
+        training = prepare(file, folder, workspace, comm, coder)
+        say(
+            f"{file.name}: {sum(p.numel() for p in training.parameters):,} weights on {comm.draws.size} x "
+            f"{training.device.type} in {str(training.precision).removeprefix('torch.')}, from image "
+            f"{training.progress.images:,}"
+        )
         training.run(say, stop=asked)
     if comm.root:
-        export(file, training, out, workspace)
+        export(file, training, out, workspace, coder)
     comm.draws.barrier()
     return out
 
 
-def prepare(file: TrainFile, folder: Path | None, workspace: Path | None = None, comm: Comm | None = None) -> Training:
+def autoencoder(
+    file: TrainFile,
+    folder: Path | None,
+    workspace: Path | None = None,
+    comm: Comm | None = None,
+    say: Callable[[str], None] = log.info,
+    stop: Callable[[], bool] = lambda: False,
+) -> Autoencoder | None:
+    """The autoencoder of a latent prior's file, trained or resumed below ``folder``; None where the file asks for none."""
+    if file.autoencoder is None:
+        return None
+    data, place = file.data(workspace), None if folder is None else folder / _CODER
+    held_out, everyone = file.latent(data.curve().values), ranks.serial() if comm is None else comm
+    shown = Shown(_normalised(file, data), held_out, file.identity)
+    return fitted(file.autoencoder, shown, place, everyone, say, stop)
+
+
+def prepare(
+    file: TrainFile,
+    folder: Path | None,
+    workspace: Path | None = None,
+    comm: Comm | None = None,
+    coder: Autoencoder | None = None,
+) -> Training:
     """The training run of a file: its data sets loaded and checked, its network built, its checkpoint resumed if there is one.
 
-    Raises InputError when a data set is missing, is not what its card says, or is a test set.
+    coder: the autoencoder of a latent prior.
+    Raises InputError when a data set is missing, is not what its card says, or is a test set; or a latent prior has no coder.
     """
+    if (coder is None) != (file.autoencoder is None):
+        raise InputError(
+            f"the autoencoder of {file.name} comes first: prepare takes it, and only where the file asks for one"
+        )
     data = file.data(workspace)
-
-    def batches(step: int, rows: Sequence[int]) -> Batch:
-        sample = data.sample(step, rows)
-        assert sample.known is not None
-        return Batch(file.latent(sample.values), sample.known, file.context(sample))
-
     curve = data.curve()
     task = Task(
         build_network(file.network(data), file.training.seed).train(),
-        batches,
+        seen_through(coder, _normalised(file, data)),
         Schedule(file.schedule.sigma_min, file.schedule.sigma_max),
         sigma_data=file.normalisation.sigma_data,
-        held_out=HeldOut(file.latent(curve.values), file.context(curve)) if len(curve.values) else None,
+        held_out=HeldOut(coded(coder, file.latent(curve.values)), file.context(curve)) if len(curve.values) else None,
         identity=file.identity,
     )
     return Training(file.training, task, folder, comm)
 
 
-def export(file: TrainFile, training: Training, out: Path, workspace: Path | None = None) -> NetworkPrior:
+def _normalised(file: TrainFile, data: TrainingData) -> Callable[[int, Sequence[int]], Batch]:
+    def batches(step: int, rows: Sequence[int]) -> Batch:
+        sample = data.sample(step, rows)
+        assert sample.known is not None
+        return Batch(file.latent(sample.values), sample.known, file.context(sample))
+
+    return batches
+
+
+def export(
+    file: TrainFile, training: Training, out: Path, workspace: Path | None = None, coder: Autoencoder | None = None
+) -> NetworkPrior:
     """Write the averaged weights of a training run to ``out`` with a card that holds their held-out errors."""
     data = file.data(workspace)
     network = build_network(file.network(data))
@@ -113,7 +155,7 @@ def export(file: TrainFile, training: Training, out: Path, workspace: Path | Non
             "seconds": round(training.progress.seconds),
             "precision": str(training.precision).removeprefix("torch."),
         },
-        "denoising": _errors(file, network, data),
+        "denoising": _errors(file, network, data, coder),
         "unfit_for": file.unfit_for,
         "weights_licence": file.weights_licence,
         "notes": file.notes,
@@ -124,30 +166,44 @@ def export(file: TrainFile, training: Training, out: Path, workspace: Path | Non
         whole = data.whole_space
         coords = {dim: v if isinstance(v, tuple) else tuple(v.tolist()) for dim, v in whole.coords.items()}
         facts["whole"] = {"dims": whole.dims, "shape": whole.shape, "coords": coords}
-    normalisation = file.normalisation
-    prior = NetworkPrior(
-        data.space,
-        Schedule(file.schedule.sigma_min, file.schedule.sigma_max),
-        Card(file.name, file.summary, facts),
-        network,
-        sigma_data=normalisation.sigma_data,
-        shift=normalisation.shift,
-        scale=normalisation.scale,
-    )
+    schedule, numbers = Schedule(file.schedule.sigma_min, file.schedule.sigma_max), file.normalisation.model_dump()
+    if coder is not None:
+        facts["autoencoder"] = {"rmse": _coding(file, data, coder)}
+        latent = LatentPrior(data.space, schedule, Card(file.name, file.summary, facts), (network, coder), **numbers)
+        save_prior(out, latent)
+        return latent
+    prior = NetworkPrior(data.space, schedule, Card(file.name, file.summary, facts), network, **numbers)
     if file.conditions is not None:
         prior = ConditionalNetworkPrior(prior, file.conditions, data.whole_space)
     save_prior(out, prior)
     return prior
 
 
-def _errors(file: TrainFile, network: torch.nn.Module, data: TrainingData) -> list[dict[str, Any]]:
+def _coding(file: TrainFile, data: TrainingData, coder: Autoencoder) -> dict[str, float]:
+    """What the autoencoder loses of held-out images: RMSE in the physical unit; of several fields, in their scales."""
+    scale = file.normalisation.scale if isinstance(file.normalisation.scale, float) else 1.0
+    held_out = data.held_out().items()
+    lost = {name: scale * loss_of_coding(coder, file.latent(sample.values), sample.known) for name, sample in held_out}
+    return {name: float(f"{value:.4g}") for name, value in lost.items()}
+
+
+def _errors(
+    file: TrainFile, network: torch.nn.Module, data: TrainingData, coder: Autoencoder | None = None
+) -> list[dict[str, Any]]:
     """Held-out errors of the network, of a Wiener filter fitted to whole training images, and of doing nothing.
 
-    A network that was trained with a condition dropout is measured with its conditions and without them.
+    A network that was trained with a condition dropout is measured with its conditions and without them; one over latents on
+    the latents of the images.
     """
-    wiener = Wiener.fit(file.latent(data.whole(_FIT_IMAGES)))
+    wiener = Wiener.fit(coded(coder, file.latent(data.whole(_FIT_IMAGES))))
     rows: list[dict[str, Any]] = []
     for name, sample in data.held_out().items():
+        if coder is not None:
+            denoiser = network_denoiser(network.eval(), file.normalisation.sigma_data)
+            known = None if sample.known is None else coder.known(sample.known)
+            latents = coded(coder, file.latent(sample.values))
+            rows += [_row(denoiser, name, latents, known, wiener, s) for s in file.training.validation_sigmas]
+            continue
         rows += _rows(file, network.eval(), name, sample, wiener, told=True)
         if file.conditions is not None and file.conditions.dropout > 0:
             rows += _rows(file, network, f"{name}, without conditions", sample, wiener, told=False)
@@ -157,18 +213,27 @@ def _errors(file: TrainFile, network: torch.nn.Module, data: TrainingData) -> li
 def _rows(
     file: TrainFile, network: torch.nn.Module, name: str, sample: Sample, wiener: Wiener, told: bool
 ) -> list[dict[str, Any]]:
-    images, known, scale = file.latent(sample.values), sample.known, file.normalisation.scale
-    context, rows = file.context(sample, told), []
+    images, context = file.latent(sample.values), file.context(sample, told)
+    rows = []
     for sigma in file.training.validation_sigmas:
         denoiser = told_denoiser(network, file.normalisation.sigma_data, context)
-        ours = denoising_error(denoiser, images, sigma, known=known)
-        linear = denoising_error(wiener, images, sigma, known=known)
-        nothing = denoising_error(lambda z, _: z, images, sigma, known=known)
-        row = {"prior": ours, "wiener": linear, "identity": nothing}
+        rows.append(_row(denoiser, name, images, sample.known, wiener, sigma))
+        scale = file.normalisation.scale
         if isinstance(scale, float):
-            row["prior_physical"] = ours * scale
-        rows.append({"data": name, "sigma": sigma, **{key: float(f"{value:.4g}") for key, value in row.items()}})
+            rows[-1]["prior_physical"] = _short(rows[-1]["prior"] * scale)
     return rows
+
+
+def _row(
+    denoiser: Denoiser, name: str, images: Tensor, known: Tensor | None, wiener: Wiener, sigma: float
+) -> dict[str, Any]:
+    ways: dict[str, Denoiser] = {"prior": denoiser, "wiener": wiener, "identity": lambda z, _: z}
+    errors = {way: _short(denoising_error(how, images, sigma, known=known)) for way, how in ways.items()}
+    return {"data": name, "sigma": sigma, **errors}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 @contextmanager

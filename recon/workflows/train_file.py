@@ -14,10 +14,12 @@ from torch import Tensor
 from recon.datasets.augment import Cut
 from recon.datasets.sampling import FieldSampling, Sample
 from recon.errors import InputError
+from recon.priors.autoencoder import AutoencoderArchitecture
 from recon.priors.conditional import Conditions, LowResolution
 from recon.priors.network import Architecture, Context
 from recon.priors.store import Normalisation, Sigmas
 from recon.priors.training import TrainingConfig
+from recon.workflows.autoencode import AutoencoderSection
 from recon.workflows.problems import validated
 from recon.workflows.source import read_source
 from recon.workflows.training_data import FieldData, SliceData, TrainingData
@@ -30,7 +32,8 @@ class TrainFile(BaseModel):
     or ``cuts.whole`` the network's size is that of a window, and its place in the whole is told where ``position`` is asked
     for.  pixel_mm: smallest and largest pixel side the cuts come to.  held_out: with cuts, data sets whose validation part
     (training files) or whole (test files) the trained prior is measured on, as area means of the size of its images; fields
-    have their own test part.  unfit_for: what the prior must not be used for.
+    have their own test part.  autoencoder: of a latent prior; it is trained first, and architecture, schedule and sigma_data
+    are of its latents.  unfit_for: what the prior must not be used for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +45,7 @@ class TrainFile(BaseModel):
     normalisation: Normalisation
     schedule: Sigmas
     architecture: Architecture
+    autoencoder: AutoencoderSection | None = None
     cuts: tuple[Cut, ...] = ()
     fields: FieldSampling | None = None
     held_out: tuple[str, ...] = ()
@@ -69,18 +73,33 @@ class TrainFile(BaseModel):
                 f"{self.architecture.condition}"
             )
         crop = None if self.fields is None else self.fields.crop
-        if crop is not None and crop != self.architecture.sides:
-            raise ValueError(
-                f"fields.crop {crop} is the network's size; architecture.size is {self.architecture.sides}"
-            )
+        if crop is not None and crop != self.images.sides:
+            raise ValueError(f"fields.crop {crop} is the network's size; architecture.size is {self.images.sides}")
         for name in ("shift", "scale"):
             values = getattr(self.normalisation, name)
-            if isinstance(values, tuple) and len(values) != self.architecture.fields:
+            if isinstance(values, tuple) and len(values) != self.images.fields:
                 raise ValueError(
                     f"normalisation.{name} has {len(values)} numbers; give one, or one for each of the "
-                    f"{self.architecture.fields} fields of the architecture"
+                    f"{self.images.fields} fields of the architecture"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _latents(self) -> TrainFile:
+        if self.autoencoder is None:
+            return self
+        wanted, told = self.autoencoder.architecture.shape, (self.architecture.fields, *self.architecture.sides)
+        if wanted != told:
+            raise ValueError(f"the autoencoder's latents are {wanted}; architecture has fields and size {told}")
+        windows = (self.fields is not None and self.fields.crop is not None) or any(c.whole for c in self.cuts)
+        if windows or self.conditions is not None:
+            raise ValueError("a latent prior is over whole images without conditions")
+        return self
+
+    @property
+    def images(self) -> Architecture | AutoencoderArchitecture:
+        """The network that sees the images: its sides and fields are theirs."""
+        return self.architecture if self.autoencoder is None else self.autoencoder.architecture
 
     @property
     def conditions(self) -> Conditions | None:
@@ -91,19 +110,21 @@ class TrainFile(BaseModel):
     def identity(self) -> str:
         """Names what is learnt from what: equal for files that differ in texts and in the training alone."""
         told = self.model_dump(mode="json", include={"normalisation", "schedule", "architecture", "cuts", "fields"})
+        if self.autoencoder is not None:  # told apart so that a file without one keeps the name it had
+            told["autoencoder"] = self.autoencoder.model_dump(mode="json")
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def data(self, workspace: Path | None) -> TrainingData:
         """The images the file speaks of, loaded and checked.  Raises InputError for what is missing or does not fit."""
-        sides, seed = self.architecture.sides, self.training.seed
+        sides, seed = self.images.sides, self.training.seed
         if self.fields is not None:
             data: TrainingData = FieldData(self.fields, seed, workspace)
         else:
             data = SliceData(self.cuts, self.held_out, sides, seed, workspace)
         fields = 1 if len(data.space.shape) == 2 else data.space.shape[0]
-        if (fields, *data.space.shape[-2:]) != (self.architecture.fields, *sides):
+        if (fields, *data.space.shape[-2:]) != (self.images.fields, *sides):
             raise InputError(
-                f"the images are {data.space.describe()}; architecture has size {sides} and fields {self.architecture.fields}"
+                f"the images are {data.space.describe()}; architecture has size {sides} and fields {self.images.fields}"
             )
         if data.space.unit not in (self.unit, "mixed"):
             raise InputError(f"the images are in {data.space.unit!r}; unit says {self.unit!r}")
