@@ -134,14 +134,14 @@ def data_fit(likelihood: Likelihood, ensemble: Ensemble, false_alarm: float = 1e
     difference = operator.domain.mismatch(ensemble.space)
     if difference:
         raise InputError(f"the ensemble is not on the operator's domain: {difference}")
-    likelihood = _judged(likelihood)
+    likelihood = judged(likelihood)
     x, weights = ensemble.x.detach(), ensemble.weights
     sums = _Sums(operator.range)
     with torch.no_grad():
         for first in range(0, len(x), BLOCK):
             block = slice(first, first + BLOCK)
-            sums.add(_terms(likelihood, x[block]), weights[block])
-        mean_chi2 = float(_terms(likelihood, ensemble.mean().detach()[None]).square.sum())
+            sums.add(terms(likelihood, x[block]), weights[block])
+        mean_chi2 = float(terms(likelihood, ensemble.mean().detach()[None]).square.sum())
     return _collect(likelihood, sums, weights, mean_chi2, false_alarm)
 
 
@@ -155,7 +155,7 @@ def source_fits(likelihood: StackedLikelihood, ensemble: Ensemble, false_alarm: 
 
 
 @dataclass(frozen=True)
-class _Terms:
+class Terms:
     """Per datum of some draws, (n, *range.shape), float64: residual, its part of chi2, and that part's two moments.
 
     Complex data have one more axis at the end, their real and imaginary parts.
@@ -165,6 +165,10 @@ class _Terms:
     square: Tensor
     expected: Tensor
     variance: Tensor
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Part of chi2, and its mean and variance for an exact draw."""
+        return self.square, self.expected, self.variance
 
 
 def _counts(likelihood: Likelihood) -> bool:
@@ -176,10 +180,10 @@ def _mixed(likelihood: Likelihood) -> TypeGuard[StackedLikelihood]:
     return isinstance(likelihood, StackedLikelihood) and not isinstance(likelihood, GaussianLikelihood)
 
 
-def _judged(likelihood: Likelihood) -> Likelihood:
-    """``likelihood`` in the form whose residuals are judged."""
+def judged(likelihood: Likelihood) -> Likelihood:
+    """``likelihood`` in the form whose residuals are judged: counts as they are, any other through ``gaussian()``."""
     if _mixed(likelihood):
-        return StackedLikelihood([_judged(source) for source in likelihood.sources])
+        return StackedLikelihood([judged(source) for source in likelihood.sources])
     return likelihood if _counts(likelihood) else likelihood.gaussian()
 
 
@@ -189,31 +193,32 @@ def _statistic(likelihood: Likelihood) -> str:
     return "Poisson deviance" if _counts(likelihood) else "chi2"
 
 
-def _stacked_terms(likelihood: StackedLikelihood, x: Tensor) -> _Terms:
-    parts = [_terms(source, x) for source in likelihood.sources]
+def _stacked_terms(likelihood: StackedLikelihood, x: Tensor) -> Terms:
+    parts = [terms(source, x) for source in likelihood.sources]
     ends = (-1, 2) if likelihood.operator.range.complex else (-1,)
 
     def line(name: str) -> Tensor:
         return torch.cat([getattr(part, name).reshape(len(x), *ends) for part in parts], dim=1)
 
-    return _Terms(line("residual"), line("square"), line("expected"), line("variance"))
+    return Terms(line("residual"), line("square"), line("expected"), line("variance"))
 
 
-def _terms(likelihood: Any, x: Tensor) -> _Terms:  # noqa: ANN401  (a Gaussian likelihood, one of counts, or a stack)
+def terms(likelihood: Any, x: Tensor) -> Terms:  # noqa: ANN401  (a Gaussian likelihood, one of counts, or a stack)
+    """Residuals of draws (n, *domain.shape) under a likelihood that ``judged`` answered, datum by datum."""
     if _mixed(likelihood):
         return _stacked_terms(likelihood, x)
     if not _counts(likelihood):
         r = likelihood.residual(x.to(likelihood.measured)) / likelihood.sigma
         r = (torch.view_as_real(r) if r.is_complex() else r).double().cpu()
         one = torch.ones((), dtype=torch.float64).expand_as(r)
-        return _Terms(r, r.square(), one, 2 * one)
+        return Terms(r, r.square(), one, 2 * one)
     k = likelihood.counts.double().cpu()
     # Draws may have rates that no object has; they are judged at the lowest that their likelihood takes as it is.
     lowest = getattr(likelihood, "floor", 1e-12)
     rate = likelihood.expected(x.to(likelihood.counts)).double().cpu().clamp(min=lowest)
     deviance = (2 * (torch.special.xlogy(k, k / rate) - (k - rate))).clamp(min=0.0)
     expected, variance = (torch.from_numpy(v) for v in _deviance_moments(rate.numpy()))
-    return _Terms((k - rate) / rate.sqrt(), deviance, expected, variance)
+    return Terms((k - rate) / rate.sqrt(), deviance, expected, variance)
 
 
 @lru_cache(maxsize=1)
@@ -244,7 +249,7 @@ class _Sums:
         self.measured = torch.zeros(shape, dtype=torch.bool)
         self.lagged: list[list[Tensor]] = [[] for _ in space.dims]
 
-    def add(self, terms: _Terms, weights: Tensor) -> None:
+    def add(self, terms: Terms, weights: Tensor) -> None:
         self.chi2.append(terms.square.flatten(1).sum(1))
         for name in ("residual", "square", "expected", "variance"):
             getattr(self, name).add_(torch.einsum("n,n...->...", weights, getattr(terms, name)))

@@ -25,12 +25,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recon.diagnostics.intervals import draws_needed as draws_needed  # the pages ask for it here
+from recon.diagnostics.scores import fair_crps
 from recon.ensemble import Ensemble
 from recon.errors import InputError
 
 LEVELS = (0.5, 0.9)
 GROUP = 20  # fewest pixels whose rms error is worth a point
-CHUNK = 1 << 22  # draws x pixels sorted at a time
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def ensemble_spread(
         std_error=std_error(ensemble),
         coverage={p: coverage(ensemble, truth, p) if truth is not None else None for p in LEVELS},
         skill=spread_skill(ensemble, truth) if known and truth is not None else None,
-        crps=float(crps(ensemble, truth).mean()) if known and truth is not None else None,
+        crps=_mean_crps(ensemble, truth) if known and truth is not None else None,
         outside=outside(ensemble, truth) if truth is not None else None,
         outside_expected=2 / (ensemble.ess + 1),
         determined=None if fraction is None else float(fraction.mean()),
@@ -87,13 +88,6 @@ def mean_error(ensemble: Ensemble) -> Tensor:
 def std_error(ensemble: Ensemble) -> float:
     """Relative Monte-Carlo error of the std map, ``1 / sqrt(2 (ESS - 1))`` for near-Gaussian pixels; NaN for a single draw."""
     return 1 / math.sqrt(2 * (ensemble.ess - 1)) if ensemble.ess > 1 + 1e-9 else math.nan
-
-
-def draws_needed(level: float) -> int:
-    """Draws from which a central interval of probability ``level`` exists: ``2/(1 - level) - 1``."""
-    if not 0 < level < 1:
-        raise InputError(f"the level of an interval lies between 0 and 1; got {level}")
-    return math.ceil(2 / (1 - level) - 1 - 1e-9)
 
 
 def coverage(ensemble: Ensemble, truth: Tensor, level: float = 0.9) -> float | None:
@@ -128,20 +122,11 @@ def crps(ensemble: Ensemble, truth: Tensor) -> Tensor:
     """Fair continuous ranked probability score per pixel, in data units; smaller is better.
 
     truth: *space.shape.  Returns *space.shape, float64; O(M log M) per pixel, a slab of pixels at a time.
-    Raises InputError when shapes do not fit or there is one draw only (the fair score compares pairs).
+    Raises InputError when shapes do not fit, values are no numbers, or one draw only counts (the fair score compares pairs).
     """
-    truth = _fitting(ensemble, truth)
     if len(ensemble) < 2:
         raise InputError("the fair CRPS needs at least 2 draws")
-    w, x, t = ensemble.weights, ensemble.x.flatten(1), truth.flatten()
-    distinct = float(1 - w.square().sum())
-    parts = []
-    for columns in torch.arange(t.numel()).split(max(1, CHUNK // len(x))):
-        error, order = (x[:, columns].double() - t[columns].double()).sort(0)
-        ws = w[order]
-        pairs = (ws * error * (2 * ws.cumsum(0) - ws - 1)).sum(0)
-        parts.append((ws * error.abs()).sum(0) - pairs / distinct)
-    return torch.cat(parts).reshape(truth.shape)
+    return fair_crps(ensemble.x, _fitting(ensemble, truth), ensemble.log_weights)
 
 
 def determined(ensemble: Ensemble, prior_variance: float | Tensor | None) -> Tensor | None:
@@ -179,6 +164,12 @@ def reliability(ensemble: Ensemble, truth: Tensor, bins: int = 10) -> tuple[list
         spreads.append(factor * _rms(torch.cat([halves[1][first], halves[0][second]])))
         errors.append(_rms(torch.cat([error[first], error[second]])))
     return spreads, errors
+
+
+def _mean_crps(ensemble: Ensemble, truth: Tensor) -> float:
+    """NaN, which a page shows as no number, where draws are none or one has all the weight."""
+    usable = bool(torch.isfinite(ensemble.x).all()) and ensemble.ess > 1 + 1e-9
+    return float(crps(ensemble, truth).mean()) if usable else math.nan
 
 
 def _rms(values: Tensor) -> float:

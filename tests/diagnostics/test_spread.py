@@ -48,7 +48,7 @@ def test_crps_is_the_double_sum(weighted):
 def test_crps_does_not_depend_on_the_slabs(monkeypatch):
     ensemble, truth = calibrated(6, n=50)
     whole = crps(ensemble, truth)
-    monkeypatch.setattr("recon.diagnostics.spread.CHUNK", 40)
+    monkeypatch.setattr("recon.diagnostics.scores.CHUNK", 40)
     assert torch.allclose(whole, crps(ensemble, truth), rtol=1e-12)
 
 
