@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from recon.errors import ReconError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # What each launcher tells its children; SLURM_STEP_ID is set by srun only, SLURM_NTASKS alone also by salloc.
 _SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PALS_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -41,6 +44,9 @@ class Axis(Protocol):
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""
 
+    def exchange(self, parcels: list[np.ndarray]) -> list[np.ndarray]:
+        """Send ``parcels[rank]`` (bytes, any length) to each rank; what came from each, in rank order."""
+
 
 @dataclass(frozen=True)
 class SerialAxis:
@@ -63,6 +69,10 @@ class SerialAxis:
     def any(self, flag: bool) -> bool:
         """The flag itself."""
         return flag
+
+    def exchange(self, parcels: list[np.ndarray]) -> list[np.ndarray]:
+        """The only parcel comes back."""
+        return list(parcels)
 
 
 class MPIAxis:
@@ -87,6 +97,20 @@ class MPIAxis:
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""
         return any(self.communicator.allgather(bool(flag)))
+
+    def exchange(self, parcels: list[np.ndarray]) -> list[np.ndarray]:
+        """Send ``parcels[rank]`` to each rank; what came from each.  A parcel of no bytes is not sent."""
+        import numpy as np
+        from mpi4py import MPI
+
+        sizes = self.communicator.alltoall([parcel.nbytes for parcel in parcels])
+        received = [np.empty(size, np.uint8) for size in sizes]
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        received[self.rank] = parcels[self.rank]
+        waiting = [self.communicator.Irecv(received[r], source=r) for r in others if sizes[r]]
+        waiting += [self.communicator.Isend(parcels[r], dest=r) for r in others if parcels[r].nbytes]
+        MPI.Request.Waitall(waiting)
+        return received
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,19 @@ class Ensemble:
 
     @property
     def ess(self) -> float:
-        """Effective sample size ``1 / sum w^2`` (Kish)."""
-        return float(1 / self.weights.square().sum())
+        """Effective sample size: ``1 / sum w^2`` (Kish), and of draws that were resampled no more than their ``ancestors``.
+
+        Copies of one particle are one draw however equal their weights: what refuses interval maps to few draws refuses them to
+        a collapsed ensemble too.
+        """
+        kish = float(1 / self.weights.square().sum())
+        return kish if self.ancestors is None else min(kish, float(self.ancestors))
+
+    @property
+    def ancestors(self) -> int | None:
+        """Distinct particles of the start from which the draws descend; None when draws never met."""
+        found = self.info.get("particles", {}).get("ancestors")
+        return None if found is None else int(found)
 
     def _weight(self) -> Tensor:
         return self.weights.to(self.x.dtype).reshape(-1, *([1] * len(self.space.shape)))
@@ -90,7 +101,7 @@ class Ensemble:
             raise InputError(f"quantiles lie in [0, 1]; got {levels}")
         values, order = self.x.flatten(1).double().sort(0)
         w = self.weights[order]
-        n = self.ess
+        n = float(1 / self.weights.square().sum())
         place = (n * (w.cumsum(0) - w / 2) + 0.5) / (n + 1)
         out = torch.stack([_interpolate(place, values, level) for level in levels])
         out = out.to(self.x.dtype).reshape(-1, *self.space.shape)
@@ -129,14 +140,31 @@ class Ensemble:
         coords = {name: (name, *labelled(name, values)) for name, values in self.space.coords.items()}
         coords["quantile"] = ("quantile", np.array(QUANTILES), {"units": "1"})
         coords["draw"] = ("draw", np.arange(len(self)), {"long_name": "number of the draw"})
-        attrs = {"Conventions": "CF-1.11", "title": "posterior ensemble", "recon_info": json.dumps(dict(self.info))}
+        attrs = {"Conventions": "CF-1.11", "title": "posterior ensemble", "recon_info": json.dumps(self._plain_info())}
         return xr.Dataset(data, coords, attrs)
+
+    def _plain_info(self) -> dict[str, Any]:
+        """``info`` without the tables of ``_per_step``: an attribute of a file holds 64 kB at most."""
+        info = dict(self.info)
+        if "steps" in info.get("particles", {}):
+            info["particles"] = {name: value for name, value in info["particles"].items() if name != "steps"}
+        return info
+
+    def _per_step(self) -> xr.Dataset | None:
+        """What coupled draws noted at every step: one variable each over ``step``."""
+        import xarray as xr
+
+        steps = self.info.get("particles", {}).get("steps")
+        if steps is None:
+            return None
+        return xr.Dataset({name: ("step", np.array(values, dtype=np.float64)) for name, values in steps.items()})
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
         """Write a NetCDF-4 file, whole or not at all.
 
         Root: mean, std, quantiles (what a plain viewer shows).  Group ``posterior``: value(chain, draw, ...), log_weight, as
-        ArviZ expects them.  Every variable carries a checksum; ``provenance`` is kept as JSON.
+        ArviZ expects them.  Group ``particles``, where draws met: what was noted at every step.  Every variable carries a
+        checksum; ``provenance`` is kept as JSON.
         """
         import xarray as xr
 
@@ -146,12 +174,13 @@ class Ensemble:
         root.attrs["space_unit"] = self.space.unit
         draws = flat[["value", "log_weight"]].expand_dims(chain=[0])
         draws = draws.drop_vars("quantile", errors="ignore")
-        tree = xr.DataTree.from_dict({"/": root, "/posterior": draws})
+        groups = {"/": root, "/posterior": draws}
+        steps = self._per_step()
+        if steps is not None:
+            groups["/particles"] = steps
+        tree = xr.DataTree.from_dict(groups)
         packing = {"zlib": True, "complevel": 1, "shuffle": True, "fletcher32": True}
-        encoding = {
-            "/": {name: packing for name in root.data_vars},
-            "/posterior": {name: packing for name in draws.data_vars},
-        }
+        encoding = {place: {name: packing for name in group.data_vars} for place, group in groups.items()}
         with written_aside(Path(path)) as aside:
             tree.to_netcdf(aside, engine="h5netcdf", encoding=encoding)
 
@@ -164,6 +193,7 @@ class Ensemble:
             with xr.open_datatree(path, engine="h5netcdf") as tree:
                 draws, root = tree["posterior"].to_dataset().load(), tree.to_dataset()
                 attrs = dict(root.attrs)
+                steps = tree["particles"].to_dataset().load() if "particles" in tree.children else None
         except (OSError, KeyError, ValueError) as error:
             raise InputError(f"{path} is not a readable ensemble file written by recon: {error}") from error
         value = draws["value"].isel(chain=0)
@@ -171,7 +201,10 @@ class Ensemble:
         coords = {d: plain(d, value[d].values) for d in dims if d in value.coords}
         space = Space(dims, value.shape[1:], coords, attrs["space_unit"])
         log_w = torch.from_numpy(draws["log_weight"].isel(chain=0).values.copy())
-        return cls(torch.from_numpy(value.values.copy()), space, log_w, json.loads(attrs["recon_info"]))
+        info = json.loads(attrs["recon_info"])
+        if steps is not None:
+            info["particles"]["steps"] = {str(name): steps[name].values.tolist() for name in steps.data_vars}
+        return cls(torch.from_numpy(value.values.copy()), space, log_w, info)
 
 
 def _interpolate(place: Tensor, values: Tensor, level: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ReconError(Exception):
     """Any failure that recon foresaw; its text says what was expected, what came, and the way out."""
@@ -13,6 +15,17 @@ class InputError(ReconError, ValueError):
 
 class CheckFailed(ReconError, AssertionError):
     """A property that was claimed does not hold; the text carries the measured figure."""
+
+
+class Diverged(ReconError):
+    """Draws stopped being finite numbers; the text says which, where and what to change.
+
+    ensemble: the draws that did not, as a ``recon.Ensemble``; None when there are none.
+    """
+
+    def __init__(self, message: str, ensemble: Any = None) -> None:  # noqa: ANN401  (a class of a layer above)
+        super().__init__(message)
+        self.ensemble = ensemble
 
 
 class Stopped(ReconError):

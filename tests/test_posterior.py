@@ -93,10 +93,6 @@ def test_posterior_refuses(build, text: str) -> None:
 @pytest.mark.parametrize(
     ("like", "text"),
     [
-        (
-            lambda: GaussianLikelihood(Squares(Space.vector(5), Space.vector(5)), double(5), 0.1),
-            "needs a LinearOperator",
-        ),
         (lambda: GaussianLikelihood(unmatched(), double(3), 0.1), "matched=False"),
         (
             lambda: TransmissionLikelihood(MatrixOperator(double(3, 5)), double(3), 10.0),
@@ -108,6 +104,14 @@ def test_samplers_refuse_before_any_work(sampler: MMPS, like, text: str) -> None
     posterior = recon.Posterior(GaussianPrior(double(5), 1 + double(5)), like())
     with pytest.raises(InputError, match=text):
         recon.sample(posterior, sampler, draws=2)
+    assert not posterior.evaluations
+
+
+def test_diffpir_refuses_an_operator_that_is_not_linear() -> None:
+    squares = GaussianLikelihood(Squares(Space.vector(5), Space.vector(5)), double(5), 0.1)
+    posterior = recon.Posterior(GaussianPrior(double(5), 1 + double(5)), squares)
+    with pytest.raises(InputError, match="needs a LinearOperator"):
+        recon.sample(posterior, DiffPIR(steps=5), draws=2)
     assert not posterior.evaluations
 
 

@@ -31,8 +31,10 @@ from recon.operators import (
     ConeGeometry,
     Diagonal,
     Downsampling,
+    Family,
     FanBeam,
     FanGeometry,
+    GainOffset,
     Joined,
     LinearOperator,
     Masked,
@@ -54,7 +56,7 @@ from recon.operators import (
 )
 from recon.space import Space
 
-BASES = {"Operator", "LinearOperator", "PlanarBeam", "Likelihood"}
+BASES = {"Operator", "LinearOperator", "ParametricOperator", "PlanarBeam", "Likelihood"}
 Base = TypeVar("Base", Operator, Likelihood)
 
 
@@ -65,6 +67,11 @@ def normal(*shape: int, step: int = 0, dtype: torch.dtype = torch.float64) -> to
 
 def matrix(rows: int = 5, columns: int = 7, step: int = 0) -> MatrixOperator:
     return MatrixOperator(normal(rows, columns, step=step, dtype=torch.float32))
+
+
+def scaled(theta: torch.Tensor) -> PhaseRetrieval:
+    """A member of a family of one parameter."""
+    return PhaseRetrieval(float(theta[0]) * matrix())
 
 
 def image_matrix() -> MatrixOperator:
@@ -356,6 +363,8 @@ NONLINEAR: dict[str, Callable[[], Operator]] = {
     "phase_retrieval": lambda: PhaseRetrieval(coded_diffraction()),
     "phase_retrieval_complex": lambda: PhaseRetrieval(coded_diffraction(channels=True), "amplitude", 0.1),
     "phase_retrieval_real": lambda: PhaseRetrieval(matrix()),
+    "gain_offset": lambda: GainOffset(PhaseRetrieval(matrix()), (0.8, 0.1), (0.3, 0.2), "datum"),
+    "family": lambda: Family(scaled, ["gain"], numbers(0.7), numbers(0.1)),
     "beam_hardening": lambda: BeamHardening(50.0 * beam(), [0.3, 0.5, 0.2], [1.6, 1.0, 0.7]),
     "darcy": darcy,
     "darcy_layered": lambda: darcy("harmonic", log=True, boundary=0.3),

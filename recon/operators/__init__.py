@@ -16,6 +16,7 @@ from recon.operators.masked import Masked
 from recon.operators.matrix import MatrixOperator
 from recon.operators.non_cartesian_mri import NonCartesianMRI, WeightedGram
 from recon.operators.parallel_beam import ParallelBeam, ParallelGeometry
+from recon.operators.parametric import Family, GainOffset, ParametricOperator
 from recon.operators.pde_residual import PDEResidual
 from recon.operators.phase_retrieval import CodedDiffraction, PhaseRetrieval
 from recon.operators.planar import PlanarVectors
@@ -37,7 +38,9 @@ __all__ = [
     "Diagonal",
     "Downsampling",
     "FanBeam",
+    "Family",
     "FanGeometry",
+    "GainOffset",
     "Joined",
     "LinearOperator",
     "Masked",
@@ -46,6 +49,7 @@ __all__ = [
     "Operator",
     "ParallelBeam",
     "ParallelGeometry",
+    "ParametricOperator",
     "PDEResidual",
     "PhaseRetrieval",
     "PlanarVectors",

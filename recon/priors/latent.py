@@ -17,9 +17,9 @@ from recon.space import Space
 class LatentPrior(NetworkPrior):
     """``x = shift + scale * d(z)`` with the decoder ``d`` of an autoencoder; the denoiser is over ``z`` (channel, y, x).
 
-    networks: the denoiser's and the autoencoder.  sigma_data: of the standardised latent.  ``encode`` gives the latent of an image, whose ``decode`` is the image but for what
-    the autoencoder loses.  ``affine`` is False: samplers that solve in physical units refuse, those that need gradients pass
-    through the decoder.
+    networks: the denoiser's and the autoencoder.  sigma_data: of the standardised latent.  ``encode`` gives the latent of an
+    image, whose ``decode`` is the image but for what the autoencoder loses.  ``affine`` is False: samplers that solve in
+    physical units refuse, those that need gradients pass through the decoder.
 
     Raises InputError when space and autoencoder are of different images.
     """

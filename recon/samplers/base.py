@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -14,10 +15,12 @@ from recon.draws import Draws
 from recon.ensemble import Ensemble
 from recon.errors import InputError
 from recon.posterior import Posterior
-from recon.samplers.transitions import Ancestral, Transition
+from recon.samplers.transitions import Ancestral, Leg, Transition
 from recon.schedules import Grid, Karras, Schedule
 
 Claim = Literal["exact", "consistent", "heuristic"]
+
+_WALK = "walk."  # names in ``aux`` that belong to the transition
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Sampler:
     """Draws from a posterior in ``steps`` steps; its fields are its hyper-parameters and its workflow section.
 
     claim: what is proven about its draws (``exact_for`` says for which problems).  couples: whether draws meet in ``couple``.
+    advice: what to change when its states grow without bound.
     """
 
     claim: ClassVar[Claim] = "heuristic"
@@ -54,6 +58,7 @@ class Sampler:
     needs: ClassVar[str] = ""
     cost: ClassVar[str] = ""
     couples: ClassVar[bool] = False
+    advice: ClassVar[str] = "take more steps"
 
     steps: int = 100
 
@@ -74,21 +79,23 @@ class Sampler:
         """The only place where draws meet, after step ``k``; called when ``couples`` is true."""
         return state
 
+    def place(self, posterior: Posterior, k: int) -> str:
+        """Where step ``k`` starts, in words that tell a user more than its number (a noise level)."""
+        return f"step {k}"
+
     def finish(self, posterior: Posterior, state: State) -> Ensemble:
         """The state as draws in physical units."""
         return Ensemble(posterior.prior.decode(state.z), posterior.space, state.log_w)
 
 
 @dataclass(frozen=True)
-class GuidedSampler(Sampler):
-    """A guided denoiser walked down a grid of noise levels.
+class LevelSampler(Sampler):
+    """A walk down a grid of noise levels from ``z = sigma_0 n``.
 
-    ``D_y(z) = E[z0 | z, y]`` (each method has its approximation, ``guide``), then one ``transition`` from ``sigma_k`` to
-    ``sigma_{k+1}``; start: ``z = sigma_0 n``.  sigma_max, sigma_min: narrow the prior's range (units of its latent).
+    sigma_max, sigma_min: narrow the prior's range (units of its latent).
     """
 
     grid: Grid = field(default_factory=Karras)
-    transition: Transition = field(default_factory=Ancestral)
     sigma_max: float | None = None
     sigma_min: float | None = None
 
@@ -107,24 +114,48 @@ class GuidedSampler(Sampler):
         """The grid: float64 (steps + 1,), the last one zero."""
         return self.grid.sigmas(self.schedule(posterior), self.steps)
 
+    def levels(self, posterior: Posterior) -> tuple[float, ...]:
+        """``sigmas`` as numbers, computed once for each grid."""
+        return _levels(self.grid, self.schedule(posterior), self.steps)
+
     def check(self, posterior: Posterior) -> None:
         super().check(posterior)
-        self.schedule(posterior)
+        self.levels(posterior)
 
     def init(self, posterior: Posterior, draws: Draws) -> State:
         prior = posterior.prior
-        top = float(self.sigmas(posterior)[0])
         noise = draws.normal(0, prior.latent.shape, "init", dtype=prior.dtype).to(prior.device)
-        return State(top * noise, torch.zeros(len(draws), dtype=torch.float64))
+        return State(self.levels(posterior)[0] * noise, torch.zeros(len(draws), dtype=torch.float64))
+
+    def place(self, posterior: Posterior, k: int) -> str:
+        return f"sigma {self.levels(posterior)[k]:.4g}"
+
+
+@cache
+def _levels(grid: Grid, schedule: Schedule, steps: int) -> tuple[float, ...]:
+    return tuple(grid.sigmas(schedule, steps).tolist())
+
+
+@dataclass(frozen=True)
+class GuidedSampler(LevelSampler):
+    """A guided denoiser walked down the levels.
+
+    ``D_y(z) = E[z0 | z, y]`` (each method has its approximation, ``guide``), and a ``transition``, any solver, from ``sigma_k``
+    to ``sigma_{k+1}``, whose memory is kept in ``aux``.
+    """
+
+    transition: Transition = field(default_factory=Ancestral)
 
     def guide(self, posterior: Posterior, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
         """``D_y``: the denoised state moved towards the data, (n, *latent.shape)."""
         raise TypeError(f"{type(self).__name__} must define guide")
 
     def step(self, posterior: Posterior, state: State, k: int, draws: Draws) -> State:
-        sigma, sigma_next = self.sigmas(posterior)[k : k + 2].tolist()
-        guided = self.guide(posterior, state.z, sigma, sigma_next)
-        noise = None
-        if self.transition.random and sigma_next > 0:
+        levels, noise = self.levels(posterior), None
+        if self.transition.random and levels[k + 1] > 0:
             noise = draws.normal(k, posterior.prior.latent.shape, "step", dtype=state.z.dtype).to(state.z.device)
-        return State(self.transition.step(state.z, guided, sigma, sigma_next, noise), state.log_w)
+        leg = Leg(levels, k, lambda z, sigma, after: self.guide(posterior, z, sigma, after), noise)
+        memory = {name.removeprefix(_WALK): value for name, value in state.aux.items() if name.startswith(_WALK)}
+        own = {name: value for name, value in state.aux.items() if not name.startswith(_WALK)}
+        z, memory = self.transition.advance(state.z, memory, leg)
+        return State(z, state.log_w, {**own, **{_WALK + name: value for name, value in memory.items()}})

@@ -35,6 +35,10 @@ class DPS(GuidedSampler):
     exact_for: ClassVar[str] = "noise far above the signal; elsewhere biased as its module states"
     needs: ClassVar[str] = "differentiable operator, likelihood and denoiser"
     cost: ClassVar[str] = "1 denoiser + 1 vjp + 1 (A, A^T) per step"
+    advice: ClassVar[str] = (
+        "more steps or a smaller weight (form 'bayes' is stable only while weight (sigma^2 - sigma_next^2) |A J|^2 / sigma_y^2 "
+        "< 2), or a method that solves for the data: MMPS, PiGDM, DiffPIR"
+    )
 
     steps: int = 1000
     form: Literal["bayes", "norm"] = "bayes"

@@ -1,55 +1,86 @@
 r"""Moment-matching posterior sampling (Rozet et al. 2024).
 
-``p(z0 | z)`` is approximated by a Gaussian with its own mean ``D`` and covariance ``sigma^2 J`` (Tweedie), so that for a linear
-operator ``A`` (here with the prior's affine decoder folded in, ``x = b + s z``) and noise covariance ``S``::
+``p(z0 | z)`` is approximated by a Gaussian with its own mean ``D`` and covariance ``C = sigma^2 J`` (Tweedie), so that for a
+linear operator ``A`` (here with the prior's affine decoder folded in, ``x = b + s z``) and noise covariance ``S``::
 
-    v   = CG[ S + sigma^2 A s J s A^T ] (y - A x(D))        # one vjp of the denoiser per iteration
-    D_y = D + sigma^2 J s A^T v                             # eq. 8 of the paper, and one vjp
+    v   = CG[ S + A s C s A^T ] (y - A x(D))        # one vjp of the denoiser per iteration
+    D_y = D + sigma^2 J s A^T v                     # eq. 8 of the paper, and one vjp
 
 The system is solved in whitened data, ``S^-1/2 ( . ) S^-1/2``.  J is symmetric for an exact denoiser; CG stops early where a
-learnt one is not positive.
+learnt one is not positive, and ``solver="gmres"`` asks neither symmetry nor positivity of it.
+
+``covariance="closed"`` puts ``C = (C_x^-1 + sigma^-2)^-1``, the answer of a Gaussian prior of covariance ``C_x``, in both
+places (``sigma^2 J = C``): no network is differentiated; a step costs one evaluation and needs the memory of inference
+alone.  ``C_x`` is the covariance of a Gaussian or mixture prior, else ``spread^2 I`` (see ``widths``); where the
+true one is another, the draws are biased as those of PiGDM are.
+
+An operator that is not linear is taken for its Jacobian at ``x(D)`` (one step of Gauss and Newton): not exact any more.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from recon.errors import InputError
 from recon.operators.cg import CG
+from recon.operators.gmres import gmres
 from recon.posterior import Posterior
-from recon.samplers.base import Claim, GuidedSampler
-from recon.samplers.requirements import require_affine, require_gaussian
+from recon.samplers.base import Claim
+from recon.samplers.matching import Local, MatchingSampler
+from recon.samplers.widths import closed_covariance, prior_spread
 
 
 @dataclass(frozen=True)
-class MMPS(GuidedSampler):
-    """Moment-matching posterior sampling; ``cg`` bounds the inner solve (K iterations cost K + 1 vjps per step)."""
+class MMPS(MatchingSampler):
+    """Moment-matching posterior sampling; ``cg`` bounds the inner solve (K iterations cost K + 1 vjps per step).
+
+    solver: cg, or gmres within the same limits.  covariance: jacobian, or closed (no vjp); see the module.  spread: standard
+    deviation of the latent, for priors whose covariance is not known.
+    """
 
     claim: ClassVar[Claim] = "exact"
     exact_for: ClassVar[str] = "Gaussian priors and linear Gaussian likelihoods, as steps and CG iterations grow"
-    needs: ClassVar[str] = "linear operator, Gaussian likelihood, differentiable denoiser"
+    needs: ClassVar[str] = "Gaussian likelihood, differentiable denoiser; a nonlinear operator is linearised"
     cost: ClassVar[str] = "1 denoiser + (K + 1) vjp + (K + 1) (A, A^T) per step"
+    advice: ClassVar[str] = "more cg iterations, solver: gmres, or covariance: closed"
 
     cg: CG = field(default_factory=lambda: CG(iterations=5, tolerance=1e-4))
+    solver: Literal["cg", "gmres"] = "cg"
+    covariance: Literal["jacobian", "closed"] = "jacobian"
+    spread: float | None = None
+
+    @property
+    def differentiates(self) -> bool:
+        return self.covariance == "jacobian"
 
     def check(self, posterior: Posterior) -> None:
         super().check(posterior)
-        require_gaussian(posterior, "MMPS").linear("MMPS")
-        require_affine(posterior, "MMPS")
+        if self.solver not in ("cg", "gmres") or self.covariance not in ("jacobian", "closed"):
+            raise InputError(
+                f"MMPS takes solver 'cg' or 'gmres' and covariance 'jacobian' or 'closed'; got {self.solver!r} and "
+                f"{self.covariance!r}"
+            )
+        if self.covariance == "closed":
+            prior_spread(posterior.prior, self.spread, "MMPS(covariance='closed')")
 
-    def guide(self, posterior: Posterior, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
-        prior, likelihood = posterior.prior, posterior.likelihood.gaussian()
-        operator, noise = likelihood.linear("MMPS"), likelihood.sigma
-        denoised, pull = posterior.linearize(z, sigma)
+    def correction(self, at: Local) -> Tensor:
+        if at.pull is None:
+            shrink = closed_covariance(at.posterior.prior, at.sigma, self.spread, "MMPS")
+        else:
+            pull, level = at.pull, at.sigma**2
 
-        def spread(u: Tensor) -> Tensor:  # sigma^2 J s A^T S^-1/2 u
-            back = prior.decode_linear(posterior.adjoint(operator, u / noise))
-            return sigma**2 * pull(back)
+            def shrink(u: Tensor) -> Tensor:
+                return level * pull(u)
 
         def matvec(u: Tensor) -> Tensor:
-            return u + posterior.forward(prior.decode_linear(spread(u))) / noise
+            return u + at.forward(shrink(at.back(u)))
 
-        residual = (likelihood.y - posterior.forward(prior.decode(denoised))) / noise
-        return denoised + spread(self.cg.solve(matvec, residual))
+        v = (
+            self.cg.solve(matvec, at.residual, least=1.0)
+            if self.solver == "cg"
+            else gmres(matvec, at.residual, self.cg)
+        )
+        return shrink(at.back(v))

@@ -1,9 +1,6 @@
 r"""Draws from a prior alone: what it believes before any data are seen.
 
-Heun's method on the probability-flow ODE (Karras et al. 2022, algorithm 1), second order in the step:
-
-    d  = (z  - D(z ; s )) / s          z'  = z + (s' - s) d            (Euler; the last step, to s' = 0, ends here)
-    d' = (z' - D(z'; s')) / s'         z'' = z + (s' - s) (d + d') / 2
+Heun's method on the probability-flow ODE (``transitions.Heun``; Karras et al. 2022, algorithm 1), second order in the step.
 
 It starts at ``z = sigma_0 n``, so the mean of the prior's noised law is taken for zero there; with sigma_0 = 80 standard
 deviations that is below its rounding.
@@ -20,6 +17,7 @@ from recon.ensemble import Ensemble
 from recon.errors import InputError
 from recon.priors.base import Prior
 from recon.samplers.loop import block_of, block_threads
+from recon.samplers.transitions import Heun, Leg
 from recon.schedules import Grid, Karras
 
 
@@ -36,18 +34,14 @@ def unconditional(
     if draws < 1 or steps < 2:
         raise InputError(f"unconditional needs at least 1 draw and 2 steps; got {draws} and {steps}")
     sigmas = (grid or Karras()).sigmas(prior.schedule, steps).tolist()
+    solver = Heun()
     pieces = dict(enumerate(blocks(draws, block or block_of(prior.latent.size))))
 
-    def work(_: int, members: range) -> Tensor:
+    def work(number: int, members: range) -> Tensor:
         noise = Draws(seed, members).normal(0, prior.latent.shape, "init", dtype=prior.dtype).to(prior.device)
         z = sigmas[0] * noise
-        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
-            slope = (z - prior.denoise(z, sigma)) / sigma
-            moved = z + (sigma_next - sigma) * slope
-            if sigma_next > 0:
-                after = (moved - prior.denoise(moved, sigma_next)) / sigma_next
-                moved = z + (sigma_next - sigma) * 0.5 * (slope + after)
-            z = moved
+        for k in range(steps):
+            z = solver.advance(z, {}, Leg(sigmas, k, lambda z, sigma, _: prior.denoise(z, sigma), None))[0]
         return prior.decode(z)
 
     with block_threads(serial().workers) as each:

@@ -1,8 +1,9 @@
 """Sections of a workflow file made from dataclasses, so that a sampler's fields are its section.
 
 ``MMPS(steps=100, grid=Karras(rho=7))`` reads ``{method: mmps, steps: 100, grid: {kind: Karras, rho: 7}}``: the method is the
-class name in lower case; a field that holds one of a family of dataclasses (subclasses in the family's module) names its
-``kind``, or is that name alone when nothing else is set; a field that holds a dataclass without a family is a plain section.
+class name in lower case; a field that holds one of a family of dataclasses (subclasses in the family's module, or where there
+are none, those of other modules) names its ``kind``, or is that name alone when nothing else is set; a field that holds a
+dataclass without a family is a plain section.
 What a section leaves out is as in the sampler's own default: with ``MMPS``, ``cg: {iterations: 9}`` keeps the tolerance.
 """
 
@@ -77,7 +78,7 @@ def _annotation(hint: Any, where: str) -> Any:  # noqa: ANN401
     if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
         return Annotated[tuple[_annotation(get_args(hint)[0], where), ...], Items]  # type: ignore[misc]
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        family = _family(hint)
+        family = _family(hint) or _leaves(hint)
         return one_of("kind", {c.__name__: _part(c) for c in family}, shorthand=True) if family else _part(hint)
     raise TypeError(f"{where} has type {hint}, which a workflow file cannot hold; see recon/workflows/sections.py")
 
@@ -92,6 +93,13 @@ def _family(cls: type) -> list[type]:
     children: list[type] = cls.__subclasses__()
     below = [c for child in children for c in (child, *_family(child))]
     return [c for c in below if c.__module__ == cls.__module__]
+
+
+def _leaves(cls: type) -> list[type]:
+    """Classes of recon below ``cls`` that nothing is derived from, by name: the family of a contract kept in many files."""
+    children: list[type] = cls.__subclasses__()
+    found = {c for child in children for c in (_leaves(child) or [child]) if c.__module__.startswith("recon.")}
+    return sorted(found, key=lambda c: c.__name__)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:  # noqa: ANN401

@@ -41,6 +41,7 @@ def moments(ensemble: recon.Ensemble, posterior: recon.Posterior) -> tuple[float
     return float(error.abs().max()), float(distance)
 
 
+@pytest.mark.slow
 def test_mmps_draws_from_a_gaussian_posterior() -> None:
     posterior = gaussian_problem()
     sampler = MMPS(steps=1000, grid=LogLinear(), cg=CG(iterations=4, tolerance=1e-8))
