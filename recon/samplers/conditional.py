@@ -68,7 +68,7 @@ def matched_draw(posterior: Posterior, z: Tensor, sigma: float, noises: Noises, 
         return u + posterior.forward(prior.decode_linear(back(u))) / scale
 
     residual = (likelihood.y - posterior.forward(prior.decode(start))) / scale + noises.data
-    return start + back(cg.solve(matvec, residual))
+    return start + back(cg.solve(matvec, residual, least=1.0))
 
 
 def square_root(matvec: Callable[[Tensor], Tensor], v: Tensor, iterations: int) -> Tensor:

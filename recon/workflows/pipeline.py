@@ -16,7 +16,7 @@ from recon import comm as ranks
 from recon.comm import Comm
 from recon.diagnostics.fit import data_fit
 from recon.ensemble import Ensemble
-from recon.errors import InputError
+from recon.errors import Diverged, InputError
 from recon.operators.base import LinearOperator
 from recon.operators.fan_beam import FanGeometry
 from recon.operators.parallel_beam import ParallelGeometry
@@ -92,14 +92,24 @@ def _carry_out(workflow: Workflow, job: Job, folder: RunFolder, comm: Comm, fact
     """Sample, compare, explain; only rank 0 writes what is not a checkpoint."""
     checkpoints = Checkpoints(folder.checkpoints, comm, identity(workflow, job), workflow.checkpoint_every)
     log.info("%s: %d draws with %s", folder.path, workflow.draws, type(job.sampler).__name__)
+    failed: list[str] = []
     with checkpoints.stopping_on_signals():
-        ensemble = sample(job.posterior, job.sampler, workflow.draws, workflow.seed, workflow.block, comm, checkpoints)
+        try:
+            ensemble = sample(
+                job.posterior, job.sampler, workflow.draws, workflow.seed, workflow.block, comm, checkpoints
+            )
+        except Diverged as error:  # what is finite is a result, and says what is missing
+            if error.ensemble is None:
+                raise
+            ensemble, failed = error.ensemble, [str(error)]
+            job.warnings.extend(failed)
     if comm.root:
         evidence = _evidence(workflow, job, ensemble, {**facts, "identity": checkpoints.identity})
         ensemble.save(folder.ensemble, evidence.facts["provenance"])
         evidence.save(folder.path)
         write_report(evidence, folder.path)
-        folder.finish({"finished": datetime.now(UTC).isoformat(timespec="seconds"), "draws": len(ensemble)})
+        summary = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "draws": len(ensemble)}
+        folder.finish({**summary, "failed": failed} if failed else summary)
     comm.draws.barrier()
     return folder.path
 

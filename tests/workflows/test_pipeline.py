@@ -23,6 +23,7 @@ from recon.ensemble import Ensemble
 from recon.errors import InputError
 from recon.files import sha256
 from recon.priors import GaussianPrior, load_prior
+from recon.samplers import GuidedSampler, State
 from recon.workflows import pipeline
 from recon.workflows.problem import prepare
 from recon.workflows.schema import load_workflow
@@ -305,3 +306,25 @@ def test_transmission_likelihood_needs_dps(workspace: Path, tmp_path: Path) -> N
     changes = ["likelihood=transmission", "sampler={method: dps, steps: 20, weight: 0.001}", "baselines=[fbp]"]
     folder = pipeline.run(workspace / "w.yaml", tmp_path / "b", changes, workspace=workspace)
     assert json.loads((folder / "report.json").read_text())["schema"] == "recon.report/1"
+
+
+def test_draws_that_break_cost_themselves_alone(
+    workspace: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that is not finite any more is named in the report and in DONE.json, exit code 3; the others are the same."""
+    sound = GuidedSampler.step
+
+    def broken(self, posterior, state, k, draws):
+        after = sound(self, posterior, state, k, draws)
+        return State(after.z * torch.nan, after.log_w, after.aux) if k == 3 and 0 in draws.members else after
+
+    monkeypatch.setattr(GuidedSampler, "step", broken)
+    out = tmp_path / "run"
+    assert main(["run", str(workspace / "w.yaml"), "--out", str(out), "--workspace", str(workspace)]) == 3
+    ours, theirs = Ensemble.load(out / "ensemble.nc").x, Ensemble.load(finished / "ensemble.nc").x
+    lost = len(theirs) - len(ours)
+    assert 0 < lost < len(theirs)
+    assert torch.equal(ours, theirs[lost:])
+    failed = json.loads((out / "DONE.json").read_text())["failed"]
+    assert len(failed) == 1 and f"draws 0 to {lost - 1} are not finite after step 4 of" in failed[0]
+    assert f"draws 0 to {lost - 1} are not finite after step 4 of" in (out / "report.html").read_text()
