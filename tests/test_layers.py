@@ -15,7 +15,7 @@ PACKAGE = ROOT / "recon"
 # From bottom to top; a module imports only what stands before it, or its own package.
 ORDER = (
     "errors", "files", "store", "space", "schedules", "philox", "draws", "comm", "operators", "likelihoods", "priors",
-    "posterior", "ensemble", "samplers", "selftest", "checks", "baselines", "diagnostics", "runs", "report", "datasets",
+    "posterior", "ensemble", "samplers", "selftest", "twin", "checks", "baselines", "diagnostics", "runs", "report", "datasets",
     "workflows", "cli", "__main__",
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from recon import __version__
 from recon.cli.processes import carried_out, root, start_logging
@@ -61,6 +62,14 @@ def parser() -> argparse.ArgumentParser:
     listing.add_argument("--workspace", type=Path, metavar="DIR", help="a folder with definitions of your own")
     listing.set_defaults(command=list_command)
 
+    _prior_commands(commands)
+    _selftest_command(commands)
+    commands.add_parser("schema", help="print the JSON schema of workflow files").set_defaults(command=schema_command)
+    commands.add_parser("doctor", help="say what was found here and what is wrong").set_defaults(command=doctor_command)
+    return top
+
+
+def _prior_commands(commands: Any) -> None:  # noqa: ANN401  (a private class of argparse)
     train = commands.add_parser("train", help="train a prior as a train.yaml says")
     train.add_argument("file", type=Path, metavar="FILE")
     train.add_argument("--out", type=Path, metavar="DIR", help="the prior's folder (that of the file)")
@@ -75,9 +84,20 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--steps", type=int, default=32, metavar="N", help="steps per draw (32)")
     inspect.set_defaults(command=inspect_command)
 
-    commands.add_parser("schema", help="print the JSON schema of workflow files").set_defaults(command=schema_command)
-    commands.add_parser("doctor", help="say what was found here and what is wrong").set_defaults(command=doctor_command)
-    return top
+
+def _selftest_command(commands: Any) -> None:  # noqa: ANN401
+    selftest = commands.add_parser("selftest", help="measure samplers where the exact posterior is known")
+    selftest.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="a workflow: its operator and noise with a Gaussian prior of its spectrum",
+    )
+    selftest.add_argument(
+        "--method", dest="methods", action="append", default=[], metavar="NAME", help="which; repeatable"
+    )
+    selftest.add_argument("--draws", type=int, metavar="N", help="draws of each (500, or the workflow's)")
+    _file_options(selftest, selftest_command)
 
 
 def _file_options(command: argparse.ArgumentParser, function: object) -> None:
@@ -169,6 +189,18 @@ def inspect_command(arguments: argparse.Namespace) -> None:
 
     inspect(arguments.folder, arguments.draws, arguments.steps)
     _say(str(arguments.folder / "card.yaml"))
+
+
+def selftest_command(arguments: argparse.Namespace) -> None:
+    """``recon selftest``."""
+    from recon.errors import CheckFailed
+    from recon.workflows.selftest import selftest, table
+
+    lines = selftest(arguments.file, arguments.methods, arguments.draws, arguments.overrides, arguments.workspace)
+    _say(table(lines))
+    wrong = [line.method for line in lines if line.verdict in ("wrong", "diverged")]
+    if wrong:
+        raise CheckFailed(f"{', '.join(wrong)}: not what is claimed; the reasons stand above")
 
 
 def schema_command(arguments: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ class FKSteering(ParticleSampler):
 
     claim: ClassVar[Claim] = "consistent"
     exact_for: ClassVar[str] = "many particles (strength 1), up to the error of the grid"
-    needs: ClassVar[str] = "log p(y | x) only"
+    needs: ClassVar[str] = "nothing but the likelihood's value"
     cost: ClassVar[str] = "1 denoiser + 1 A per step"
 
     steps: int = 200

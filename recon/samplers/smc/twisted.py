@@ -37,7 +37,7 @@ class TwistedSMC(ParticleSampler):
     claim: ClassVar[Claim] = "consistent"
     exact_for: ClassVar[str] = "many particles, up to the error of the grid"
     needs: ClassVar[str] = (
-        "Matched: linear operator, few data, differentiable denoiser; Plain: nothing but log p(y | x)"
+        "Matched: linear operator, few data, differentiable denoiser; Plain: nothing but the likelihood's value"
     )
     cost: ClassVar[str] = (
         "Matched: 1 denoiser + (data + 1) vjps per step; Guided: 1 denoiser + its guide; Plain: 1 denoiser + 1 A"
