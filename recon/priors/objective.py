@@ -34,10 +34,11 @@ class Batch(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """Latent images for the validation curve, and what the network is told of them."""
+    """Latent images for the validation curve, what the network is told of them, and where they are known (None: everywhere)."""
 
     images: Tensor
     context: Context | None = None
+    known: Tensor | None = None
 
 
 Batches = Callable[[int, Sequence[int]], Batch | tuple[Tensor, Tensor]]
@@ -66,8 +67,8 @@ class Denoising:
 
     def error(self, network: nn.Module, held_out: HeldOut, sigma: float, device: torch.device) -> float:
         """``denoising_error``."""
-        images, context = held_out
-        return denoising_error(told_denoiser(network, self.sigma_data, context, device), images, sigma)
+        images, context, known = held_out
+        return denoising_error(told_denoiser(network, self.sigma_data, context, device), images, sigma, known=known)
 
 
 @dataclass(frozen=True)

@@ -123,10 +123,18 @@ def prepare(
         seen_through(coder, _normalised(file, data)),
         Schedule(file.schedule.sigma_min, file.schedule.sigma_max),
         sigma_data=file.normalisation.sigma_data,
-        held_out=HeldOut(coded(coder, file.latent(curve.values)), file.context(curve)) if len(curve.values) else None,
+        held_out=_held_out(file, curve, coder),
         identity=file.identity,
     )
     return Training(file.training, task, folder, comm)
+
+
+def _held_out(file: TrainFile, curve: Sample, coder: Autoencoder | None) -> HeldOut | None:
+    """Images of the validation curve as the denoiser sees them."""
+    if not len(curve.values):
+        return None
+    known = curve.known if coder is None or curve.known is None else coder.known(curve.known)
+    return HeldOut(coded(coder, file.latent(curve.values)), file.context(curve), known)
 
 
 def _normalised(file: TrainFile, data: TrainingData) -> Callable[[int, Sequence[int]], Batch]:

@@ -106,7 +106,9 @@ class SliceData(TrainingData):
         if not parts:
             return Sample(torch.empty(0, *self.space.shape), None)
         corners = [part.corner for part in parts if part.corner is not None]
-        return Sample(torch.cat([part.values for part in parts]), None, corner=torch.cat(corners) if corners else None)
+        masks = [torch.ones_like(part.values) if part.known is None else part.known for part in parts]
+        joined = torch.cat([part.values for part in parts]), torch.cat(masks)
+        return Sample(*joined, corner=torch.cat(corners) if corners else None)
 
     def held_out(self) -> dict[str, Sample]:
         return {name: self._held_out(name) for name in self.names}
@@ -246,12 +248,12 @@ def _source(card: SliceCard | FieldCard, count: int, share: float) -> dict[str, 
 
 
 def _thinned(sample: Sample, most: int = 12) -> Sample:
-    """At most ``most`` of the images, evenly; their masks are left out."""
+    """At most ``most`` of the images, evenly."""
     every = slice(None, None, max(1, len(sample.values) // most))
-    values, _, told, _, corner = sample
+    values, known, told, _, corner = sample
     return Sample(
         values[every][:most],
-        None,
+        None if known is None else known[every][:most],
         tuple(part[every][:most] for part in told),
         corner=None if corner is None else corner[every][:most],
     )

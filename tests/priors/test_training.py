@@ -385,3 +385,15 @@ def test_errors_count_known_pixels_only_and_noise_is_fixed():
     together = fixed_noise((3, 8, 8), 0, 0.1, 0)
     assert torch.equal(together[2:], fixed_noise((1, 8, 8), 0, 0.1, 2))
     assert not torch.equal(together, fixed_noise((3, 8, 8), 0, 0.2, 0))
+
+
+def test_a_validation_counts_what_is_known_alone():
+    """Unknown values, here far from anything, are land or gaps; they are no error of the network."""
+    run = training()
+    images, known = stripes(50, range(8))
+    known[:, :, :5] = 0
+    wild = torch.where(known.bool(), images, 1e4)
+    everywhere, masked = (run.task.aim.error(run.network, HeldOut(wild, None, k), 0.3, run.device) for k in (None, known))
+    expected = denoising_error(network_denoiser(run.network, 0.5), wild, 0.3, known=known)
+    assert masked == pytest.approx(expected, rel=1e-6)
+    assert everywhere > 2 * masked

@@ -16,7 +16,7 @@ from recon.comm import launched_size
 from recon.errors import InputError, Stopped
 from recon.files import sha256
 from recon.priors import load_prior
-from recon.workflows.train import read_train_file, train
+from recon.workflows.train import prepare, read_train_file, train
 
 SETTINGS = {
     "name": "toy",
@@ -163,6 +163,15 @@ def write_fields(folder, **changes):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({**FIELDS, **changes}))
     return path
+
+
+def test_the_validation_curve_knows_what_is_unknown(lab):
+    weather(lab)
+    held_out = prepare(read_train_file(write_fields(lab)), None).task.held_out
+    assert held_out is not None and held_out.known is not None
+    assert held_out.known.shape == held_out.images.shape
+    assert bool((held_out.known[:, 0, :2, :3] == 0).all())
+    assert float(held_out.known.mean()) == pytest.approx(1 - 6 / (2 * 9 * 11))
 
 
 def test_fields_of_several_variables_become_a_prior(lab):
