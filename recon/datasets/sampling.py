@@ -32,7 +32,8 @@ class FieldSampling(BaseModel):
     values.  gain: standard deviation of the logarithm of a factor (arbitrary scanner scales).  phase: make complex images
     (real and imaginary part) of magnitudes, with a constant phase anywhere on the circle and a smooth one of this standard
     deviation in radians; null leaves real fields real.  conditions: what the network is told of each image; block means are
-    those of the whole field, after mirror, shift, gain and phase.
+    those of the whole field, after mirror, shift, gain and phase.  fill: the value of unknown cells, which a prior then learns
+    like any other; for what is never known, such as land, where it would else believe anything.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +46,7 @@ class FieldSampling(BaseModel):
     gain: float = Field(default=0.0, ge=0)
     phase: float | None = Field(default=None, ge=0)
     conditions: Conditions | None = None
+    fill: float | None = None
 
 
 class Sample(NamedTuple):
@@ -114,6 +116,8 @@ class FieldSampler:
         layers.append(
             np.ones_like(layers[0]) if self.fields.known is None else self.fields.known[row].astype(np.float32)
         )
+        if plan.fill is not None:
+            layers[0] = np.where(layers[1] > 0, layers[0], np.float32(plan.fill))
         flips = tuple(axis for axis, chance in zip((-2, -1), plan.mirror, strict=True) if random.random() < chance)
         by = random.integers(-plan.shift, plan.shift + 1, size=2)
         gain = np.float32(math.exp(plan.gain * random.standard_normal()))

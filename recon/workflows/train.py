@@ -141,7 +141,9 @@ def _normalised(file: TrainFile, data: TrainingData) -> Callable[[int, Sequence[
     def batches(step: int, rows: Sequence[int]) -> Batch:
         sample = data.sample(step, rows)
         assert sample.known is not None
-        return Batch(file.latent(sample.values), sample.known, file.context(sample))
+        filled = file.fields is not None and file.fields.fill is not None
+        known = torch.ones_like(sample.known) if filled else sample.known
+        return Batch(file.latent(sample.values), known, file.context(sample))
 
     return batches
 

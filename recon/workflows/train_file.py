@@ -110,7 +110,10 @@ class TrainFile(BaseModel):
     def identity(self) -> str:
         """Names what is learnt from what: equal for files that differ in texts and in the training alone."""
         told = self.model_dump(mode="json", include={"normalisation", "schedule", "architecture", "cuts", "fields"})
-        if self.autoencoder is not None:  # told apart so that a file without one keeps the name it had
+        # Keys that are younger than some checkpoints are left out where they change nothing.
+        if self.fields is not None and self.fields.fill is None:
+            del told["fields"]["fill"]
+        if self.autoencoder is not None:
             told["autoencoder"] = self.autoencoder.model_dump(mode="json")
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 

@@ -46,6 +46,18 @@ def test_corners_are_anywhere_with_equal_chance():
     assert ((counts - 200) ** 2 / 200).sum() < chi2.isf(FALSE_ALARM, 8)
 
 
+def test_unknown_cells_are_filled_and_stay_unknown():
+    mask = np.ones((5, 2, 8, 12), bool)
+    mask[:, :, :3, 4:] = False
+    plain, filled = (
+        FieldSampler(FieldSampling(dataset="s", shift=2, fill=fill), fields(known=mask), 3).sample(1, range(6))
+        for fill in (None, -7.5)
+    )
+    assert torch.equal(plain.known, filled.known) and 0 < float(plain.known.mean()) < 1
+    assert bool((filled.values[filled.known == 0] == -7.5).all())
+    assert torch.equal(plain.values[plain.known == 1], filled.values[plain.known == 1])
+
+
 def test_some_images_of_a_batch_are_those_of_the_whole_batch():
     plan = FieldSampling(dataset="s", **MOVING, crop=(4, 4), conditions=Conditions(inputs=(LOW,), dropout=0.5))
     sampler = FieldSampler(plan, fields(), 3)

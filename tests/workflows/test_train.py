@@ -174,6 +174,18 @@ def test_the_validation_curve_knows_what_is_unknown(lab):
     assert float(held_out.known.mean()) == pytest.approx(1 - 6 / (2 * 9 * 11))
 
 
+def test_what_is_filled_is_learnt_and_not_counted(lab):
+    """Land is part of every training image; the errors of the card are those of the sea."""
+    weather(lab)
+    task = prepare(read_train_file(write_fields(lab, fields={"dataset": "weather", "fill": 12.0})), None).task
+    images, known, _ = task.batches(0, range(4))
+    assert bool((known == 1).all()) and bool((images[:, 0, :2, :3] == (12.0 - 10.0) / 2.0).all())
+    assert task.held_out is not None and bool((task.held_out.known[:, 0, :2, :3] == 0).all())
+    assert bool((task.held_out.images[:, 0, :2, :3] == 1.0).all())
+    _, masked, _ = prepare(read_train_file(write_fields(lab)), None).task.batches(0, range(4))
+    assert bool((masked[:, 0, :2, :3] == 0).all())
+
+
 def test_fields_of_several_variables_become_a_prior(lab):
     weather(lab)
     path = write_fields(lab)
