@@ -59,9 +59,22 @@ class SamplerFigures:
         """
         low, high = self.variance_limits
         within = self.bias <= self.bias_limit and low <= self.variance_ratio <= high
-        if self.claim == "exact":
-            return "exact" if within else "wrong"
-        return "consistent" if within and self.claim == "consistent" else "biased-as-documented"
+        return judged(self.claim, within)
+
+
+def judged(claim: Claim, within: bool) -> str:
+    """The word for a claim and whether the figures lie within the limits of exact draws; see ``SamplerFigures.verdict``."""
+    if claim == "exact":
+        return "exact" if within else "wrong"
+    return "consistent" if within and claim == "consistent" else "biased-as-documented"
+
+
+def largest_step(sampler: Sampler, posterior: Posterior) -> float:
+    """The longest step of ``log sigma``: about what a first-order walk loses of the variance; 0 for other samplers."""
+    if not isinstance(sampler, GuidedSampler):
+        return 0.0
+    levels = sampler.sigmas(posterior)[:-1].log()
+    return float((levels[:-1] - levels[1:]).max())
 
 
 def check_sampler(
@@ -267,8 +280,4 @@ def _limits(sampler: Sampler, posterior: Posterior, covariance: torch.Tensor, dr
     scale = covariance.diagonal().sqrt()
     correlation = covariance / scale[:, None] / scale[None, :]
     spread = math.sqrt(2 * float(correlation.square().mean()) / (draws - 1)) * float(norm.isf(_FALSE_ALARM / 2))
-    step = 0.0
-    if isinstance(sampler, GuidedSampler):
-        levels = sampler.sigmas(posterior)[:-1].log()
-        step = float((levels[:-1] - levels[1:]).max())
-    return 1 - spread - step, 1 + spread
+    return 1 - spread - largest_step(sampler, posterior), 1 + spread

@@ -24,8 +24,9 @@ from recon.likelihoods import GaussianLikelihood
 from recon.operators.cg import CG
 from recon.posterior import Posterior
 from recon.priors.stationary import InLatentOf, StationaryPrior
-from recon.samplers.base import Claim, GuidedSampler, Sampler
+from recon.samplers.base import Claim, Sampler
 from recon.samplers.loop import sample
+from recon.selftest import judged, largest_step
 
 _FALSE_ALARM = 1e-5
 _SOLVER = CG(2000, 1e-5)
@@ -63,9 +64,7 @@ class TwinFigures:
         low, high = self.variance_limits
         within = self.bias <= self.bias_limit and self.bias_data <= self.bias_data_limit
         within = within and low <= self.variance_ratio <= high
-        if self.claim == "exact":
-            return "exact" if within else "wrong"
-        return "consistent" if within and self.claim == "consistent" else "biased-as-documented"
+        return judged(self.claim, within)
 
 
 def gaussian_twin(posterior: Posterior, prior: StationaryPrior, seed: int = 0) -> Posterior:
@@ -115,10 +114,6 @@ def check_twin(
         bias, limit = _bias(x, exact, mean)
         seen = [_seen(twin, value) for value in (x, exact, mean[None])]
         bias_data, limit_data = _bias(seen[0], seen[1], seen[2][0])
-    step = 0.0
-    if isinstance(sampler, GuidedSampler):
-        levels = sampler.sigmas(twin)[:-1].log()
-        step = float((levels[:-1] - levels[1:]).max())
     ratio, error = _variance_ratio(x, exact)
     width = _normal(_FALSE_ALARM / 2) * error
     return TwinFigures(
@@ -127,7 +122,7 @@ def check_twin(
         bias_data=bias_data,
         bias_data_limit=limit_data,
         variance_ratio=ratio,
-        variance_limits=(1 - width - step, 1 + width),
+        variance_limits=(1 - width - largest_step(sampler, twin), 1 + width),
         coverage=(_coverage(x, exact, 0.5), _coverage(x, exact, 0.9)),
         draws=draws,
         cost=dict(found.info["cost"]),

@@ -41,8 +41,8 @@ class Wiener:
         power = torch.fft.fft2(images - mean, norm="ortho").abs().square().mean(0)
         return cls(mean, power)
 
-    def __call__(self, z: Tensor, sigma: float) -> Tensor:
-        """Denoised ``z`` (n, ..., ny, nx)."""
+    def __call__(self, z: Tensor, sigma: float | Tensor) -> Tensor:
+        """Denoised ``z`` (n, ..., ny, nx); sigma: a number, or what broadcasts with ``z``."""
         gain = self.spectrum / (self.spectrum + sigma**2)
         return self.mean + torch.fft.ifft2(gain * torch.fft.fft2(z - self.mean)).real
 

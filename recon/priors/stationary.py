@@ -15,6 +15,7 @@ from torch import Tensor
 from recon.draws import Draws
 from recon.errors import InputError
 from recon.priors.base import Card, Prior
+from recon.priors.denoising import Wiener
 from recon.priors.gaussian import covering_schedule
 from recon.priors.wrapped import Wrapped
 from recon.schedules import Schedule
@@ -59,8 +60,8 @@ class StationaryPrior(Prior):
         return out.to(z.dtype)
 
     def predict(self, z: Tensor, sigma: Tensor) -> Tensor:
-        level = sigma.reshape(-1, *[1] * len(self.space.shape)).square()
-        return self.mean + self.filtered(z - self.mean, self.spectrum / (self.spectrum + level))
+        level = sigma.reshape(-1, *[1] * len(self.space.shape))
+        return Wiener(self.mean, self.spectrum)(z, level).to(z.dtype)
 
     def spread(self, u: Tensor) -> Tensor:
         """The covariance times ``u``: (n, *space.shape)."""

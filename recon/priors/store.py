@@ -113,7 +113,7 @@ class Error(_Section):
     prior: float
     wiener: float
     identity: float
-    library: float | None = None  # scikit-image's non-local means
+    non_local_means: float | None = None  # as scikit-image has them
     prior_physical: float | None = None
 
 

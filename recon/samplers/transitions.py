@@ -262,8 +262,7 @@ class Exponential(Transition):
         denoised = leg.denoise(z, leg.sigma, leg.after)
         if leg.after == 0:
             return denoised, {}
-        values = [denoised, *(memory[f"before{i}"] for i in range(1, self.terms) if f"before{i}" in memory)]
-        clock = [-math.log(leg.levels[leg.k - i]) for i in range(len(values))]
+        values, clock = _last(denoised, memory, self.terms - 1, leg)
         moved = leg.after / leg.sigma * z + combined(values, clock, clock[0], -math.log(leg.after), 1.0)
         return moved, {f"before{i + 1}": value for i, value in enumerate(values[: self.terms - 1])}
 
@@ -300,8 +299,7 @@ class SASolver(Exponential):
             return denoised, {}
         q = 1 + self.tau**2
         kept = max(self.terms - 1, 1 if self.corrector else 0)
-        values = [denoised, *(memory[f"before{i}"] for i in range(1, kept + 1) if f"before{i}" in memory)]
-        clock = [-math.log(leg.levels[leg.k - i]) for i in range(len(values))]
+        values, clock = _last(denoised, memory, kept, leg)
         if self.corrector and "base" in memory:
             z = memory["base"] + combined(values, clock, clock[1], clock[0], q)
         h = math.log(leg.sigma / leg.after)
@@ -312,6 +310,12 @@ class SASolver(Exponential):
         moved = base + combined(used, clock[: len(used)], clock[0], clock[0] + h, q)
         remembered = {f"before{i + 1}": value for i, value in enumerate(values[:kept])}
         return moved, {**remembered, "base": base} if self.corrector else remembered
+
+
+def _last(denoised: Tensor, memory: Mapping[str, Tensor], count: int, leg: Leg) -> tuple[list[Tensor], list[float]]:
+    """``D`` of now and of up to ``count`` steps before, and the times ``-log sigma`` they belong to."""
+    values = [denoised, *(memory[f"before{i}"] for i in range(1, count + 1) if f"before{i}" in memory)]
+    return values, [-math.log(leg.levels[leg.k - i]) for i in range(len(values))]
 
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)

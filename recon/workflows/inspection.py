@@ -97,7 +97,7 @@ def _completed(prior: Prior, held_out: Images, row: Error) -> Error:
     if not prior.affine:
         return row
     images, known = prior.encode(held_out[0]).float(), held_out[1]
-    return row.model_copy(update={"library": _short(denoising_error(non_local_means, images, row.sigma, known=known))})
+    return row.model_copy(update={"non_local_means": _short(denoising_error(non_local_means, images, row.sigma, known=known))})
 
 
 def _short(value: float) -> float:

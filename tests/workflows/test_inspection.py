@@ -30,7 +30,7 @@ def test_slices(lab):  # noqa: F811
         # Eight images of training leave noise where held-out slices are discs.
         assert row.spectrum > row.spectrum_training > 0
         assert row.sliced > 0 and row.histogram > 0
-    assert all(row.library is not None and row.library < 1.5 * row.identity for row in card.denoising)
+    assert all(row.non_local_means is not None and row.non_local_means < 1.5 * row.identity for row in card.denoising)
     assert load_prior("toy").card.facts["draws"]["count"] == 16
     assert inspect(folder, draws=16, steps=4) == card
 
