@@ -70,11 +70,15 @@ class LowResolution(BaseModel):
         return functional.interpolate(means, scale_factor=float(self.factor), mode="bilinear", align_corners=False)
 
     def of(self, values: Tensor, known: Tensor) -> Tensor:
-        """What ``spread`` makes of fields (n, field, ny, nx): a mean is over the known pixels of a block, if it has any."""
+        """What ``spread`` makes of fields (n, field, ny, nx)."""
+        return self.spread(self.means(values, known))
+
+    def means(self, values: Tensor, known: Tensor) -> Tensor:
+        """Block means of fields (n, field, ny, nx): over the known pixels of a block, if it has any."""
         mean = functional.avg_pool2d
         count = mean(known, self.factor)
         some = mean(values * known, self.factor) / count.clamp_min(1e-6)
-        return self.spread(torch.where(count > 0, some, mean(values, self.factor)))
+        return torch.where(count > 0, some, mean(values, self.factor))
 
 
 class TimeOfYear(BaseModel):
@@ -220,7 +224,7 @@ class ConditionalNetworkPrior(ConditionalPrior, NetworkPrior):
         if self.inputs.dropout == 0:
             super().unconditional()
         channels = self.inputs.channels(1 if len(self.space.shape) == 2 else self.space.shape[0])
-        nothing = torch.zeros(1, channels, *self.field.shape[-2:], device=self.device)
+        nothing = torch.zeros(1, channels, *self.field.shape[-2:], dtype=self.dtype, device=self.device)
         return self._named(self.told(nothing, self.place), "unconditional")
 
     def at(self, row: int, column: int) -> NetworkPrior:
@@ -233,7 +237,7 @@ class ConditionalNetworkPrior(ConditionalPrior, NetworkPrior):
             value = values[condition.name].to(self.device)
             if isinstance(condition, LowResolution):
                 latent = (value - self.shift.to(value)) / self.scale.to(value)
-                parts.append(condition.spread(latent.reshape(1, -1, *value.shape[-2:]).float()))
+                parts.append(condition.spread(latent.reshape(1, -1, *value.shape[-2:]).to(self.dtype)))
             else:
                 parts.append(condition.spread(value.cpu(), sides).to(self.device))
         return self._named(self.told(self.inputs.joined(parts), self.place), "given " + ", ".join(values))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,29 +21,12 @@ from torch import Tensor, nn
 
 from recon.errors import need
 from recon.priors.network import precondition
+from recon.priors.wiener import Wiener
+
+__all__ = ["Denoiser", "Wiener", "denoising_error", "fixed_noise", "network_denoiser", "non_local_means"]
 
 Denoiser = Callable[[Tensor, float], Tensor]
 """(images (n, ny, nx) or (n, field, ny, nx), sigma) -> denoised images."""
-
-
-@dataclass(frozen=True)
-class Wiener:
-    """The Wiener filter of images with a mean and a power spectrum (..., ny, nx), field by field, periodic at the border."""
-
-    mean: Tensor
-    spectrum: Tensor
-
-    @classmethod
-    def fit(cls, images: Tensor) -> Wiener:
-        """Mean and spectrum of ``images`` (n, ..., ny, nx)."""
-        mean = images.mean(0)
-        power = torch.fft.fft2(images - mean, norm="ortho").abs().square().mean(0)
-        return cls(mean, power)
-
-    def __call__(self, z: Tensor, sigma: float | Tensor) -> Tensor:
-        """Denoised ``z`` (n, ..., ny, nx); sigma: a number, or what broadcasts with ``z``."""
-        gain = self.spectrum / (self.spectrum + sigma**2)
-        return self.mean + torch.fft.ifft2(gain * torch.fft.fft2(z - self.mean)).real
 
 
 def non_local_means(z: Tensor, sigma: float) -> Tensor:

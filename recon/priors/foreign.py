@@ -26,8 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from recon.errors import InputError
 from recon.priors.base import Card, Prior
+from recon.priors.cards import Grid
 from recon.priors.checkpoints import load_checkpoint, pixel_range
-from recon.priors.store import Grid
 
 
 class Strict(BaseModel):

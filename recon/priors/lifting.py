@@ -19,6 +19,7 @@ from recon.errors import InputError
 from recon.priors.base import Card, Prior
 from recon.priors.compute import in_chunks, require_chunk
 from recon.priors.superposition import ScoreSum, equal_shares, log_density
+from recon.priors.wrapped import sigma_data_of
 from recon.space import Space
 
 
@@ -56,6 +57,7 @@ class SlicesPrior(Prior):
         # Numbers per field lie along the first axis of a slice; the volume has one axis more to spread them over.
         self.shift, self.scale = (_spread(value, self.axis) for value in (prior.shift, prior.scale))
         self.prior, self.chunk, self.recompute = prior, chunk, recompute
+        self.sigma_data = sigma_data_of(prior)
 
     @property
     def dtype(self) -> torch.dtype:

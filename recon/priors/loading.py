@@ -53,7 +53,7 @@ def load_prior(
         from recon.priors.foreign import load_foreign
 
         return load_foreign(folder, content)
-    return store.load_prior(folder)
+    return store.read_prior(folder)
 
 
 def _bare(

@@ -9,6 +9,7 @@ A network ``F`` sees inputs and targets of unit variance at every noise level; t
 
 with ``s`` the standard deviation of the latent data (``sigma_data``).  ``F`` is a U-Net of deepinv between a pixel
 unshuffle and a pixel shuffle: the factor-2 shuffle keeps every value and makes the costly top level four times smaller.
+A network with a ``skip`` starts from the Wiener filter of its images instead (``recon.priors.wiener``).
 Images whose sides the levels cannot halve are continued by their border values and cut again.
 
 Beside the image a network may be given channels of a condition on the image's grid (Ho et al. 2022, cascaded diffusion), and,
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from recon.errors import InputError, need
 from recon.priors.base import Card, Prior
+from recon.priors.wiener import WienerSkip
 from recon.schedules import Schedule
 from recon.space import Space
 
@@ -61,9 +63,10 @@ class Architecture(BaseModel):
     per level, finest first.  blocks: residual blocks per level.  attention: image sides, after the shuffle, at which blocks
     attend (adm only).  position: give the network two channels that say where a pixel is.  condition: how many channels of
     conditions the network is given with an image.  whole: sides of the field of which the images are windows; None when
-    images are whole.
+    images are whole.  wiener: start from the Wiener filter (``recon.priors.wiener``) in place of the linear estimate of white
+    data, and give the network that estimate beside the image.
 
-    Raises ValueError when an image is larger than the whole it is a window of.
+    Raises ValueError when an image is larger than the whole it is a window of, or windows ask for the filter of whole images.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,11 +81,14 @@ class Architecture(BaseModel):
     position: bool = False
     condition: int = Field(default=0, ge=0)
     whole: tuple[Side, Side] | None = None
+    wiener: bool = False
 
     @model_validator(mode="after")
     def _window(self) -> Self:
         if self.whole is not None and any(side > whole for side, whole in zip(self.sides, self.whole, strict=True)):
             raise ValueError(f"images of {self.sides} pixels cannot be windows of a field of {self.whole}")
+        if self.wiener and self.whole is not None:
+            raise ValueError("windows have no one mean image and spectrum; wiener is for whole images")
         return self
 
     @property
@@ -122,9 +128,12 @@ class ShuffledUNet(nn.Module):
         ramps = (torch.linspace(-1, 1, side) for side in (rows, columns))
         grid = torch.stack(torch.meshgrid(*ramps, indexing="ij"))
         self.register_buffer("position", grid[None], persistent=False)
+        self.skip = WienerSkip((architecture.fields, *architecture.sides)) if architecture.wiener else None
 
     def forward(self, z: Tensor, c_noise: Tensor, context: Context | None = None) -> Tensor:
-        """``z`` (n, fields, ny, nx) of about unit variance, ``c_noise`` (n,); returns the shape of ``z``.
+        """``z`` (n, fields, ny, nx) of about unit variance, ``c_noise`` (n,); returns that shape.
+
+        With ``wiener``, ``z`` is (n, 2 fields, ny, nx): the image and its linear estimate.
 
         Raises InputError when the context is not what the architecture takes.
         """
@@ -163,17 +172,17 @@ class ShuffledUNet(nn.Module):
                 f"this network sees windows of a field {whole} and takes their corners ({n}, 2); got {got}"
             )
         rows, columns = self.position.shape[2:]
+        corner = corner.to(self.position.dtype)
         cells = (torch.arange(count, device=corner.device) * side + (side - 1) / 2 for count in (rows, columns))
         y, x = (2 * (corner[:, axis, None] + cell) / (whole[axis] - 1) - 1 for axis, cell in enumerate(cells))
-        return torch.stack([y[:, :, None].expand(-1, -1, columns), x[:, None, :].expand(-1, rows, -1)], dim=1).to(
-            self.position.dtype
-        )
+        return torch.stack([y[:, :, None].expand(-1, -1, columns), x[:, None, :].expand(-1, rows, -1)], dim=1)
 
 
 def _unet(architecture: Architecture, side: int) -> Any:  # noqa: ANN401  (a class of deepinv)
     models: Any = need("deepinv.models", "networks")
     channels, pixels = architecture.channels, architecture.fields * architecture.shuffle**2
-    inputs = pixels + architecture.condition * architecture.shuffle**2 + 2 * architecture.position
+    seen = architecture.fields * (1 + architecture.wiener) + architecture.condition
+    inputs = seen * architecture.shuffle**2 + 2 * architecture.position
     if architecture.family == "drunet":
         if len(channels) != 4 or architecture.attention:
             raise InputError(f"drunet has exactly 4 levels and no attention; got channels {channels}")
@@ -212,32 +221,46 @@ def build_network(architecture: Architecture, seed: int = 0) -> ShuffledUNet:
 def precondition(
     network: nn.Module, z: Tensor, sigma: Tensor, sigma_data: float, context: Context | None = None
 ) -> Tensor:
-    """``D(z, sigma)`` of the module docstring in float32 around ``network``.
+    """``D(z, sigma)`` of the module docstring around ``network``, in float64 for ``z`` in float64, else in float32.
 
     z: (n, ny, nx) or (n, fields, ny, nx).  sigma: (n,).  context: handed to the network when there is one.
     """
-    level = sigma.to(torch.float32).reshape(-1, *[1] * (z.ndim - 1))
-    z32 = z.to(torch.float32)
+    return estimate(network, z, sigma, sigma_data, context)[0]
+
+
+def estimate(
+    network: nn.Module, z: Tensor, sigma: Tensor, sigma_data: float, context: Context | None = None
+) -> tuple[Tensor, Tensor]:
+    """``precondition``, and what the network's answer was multiplied by: ``c_out``, or ``e`` of a Wiener start (n, 1, ...)."""
+    kind = torch.promote_types(z.dtype, torch.float32)
+    images = (z if z.ndim == 4 else z.unsqueeze(1)).to(kind)
+    level = sigma.to(kind).reshape(-1, 1, 1, 1)
     total = level.square() + sigma_data**2
-    inputs = z32 * total.rsqrt()
+    seen, skip = images * total.rsqrt(), getattr(network, "skip", None)
+    if skip is None:
+        linear, size = (sigma_data**2 / total) * images, level * sigma_data * total.rsqrt()
+    else:
+        linear, size = skip(images, level)
+        seen = torch.cat([seen, linear / sigma_data], dim=1)
     told = () if context is None else (context,)
-    output = network(inputs if z.ndim == 4 else inputs.unsqueeze(1), level.reshape(-1).log() / 4, *told)
-    output = output.to(torch.float32).reshape(z.shape)
-    return (sigma_data**2 / total) * z32 + (level * sigma_data * total.rsqrt()) * output
+    output = network(seen, level.reshape(-1).log() / 4, *told).to(kind)
+    return (linear + size * output).reshape(z.shape), size.reshape(-1, *[1] * (z.ndim - 1))
 
 
 class NetworkPrior(Prior):
     """A prior over images (y, x), or several fields on one grid (field, y, x), whose denoiser is a trained network.
 
-    The parameters take no gradients.  network: ``F``.  sigma_data: standard deviation of the latent training data.
-    ``x = shift + scale * z``, each one number or one per field.  A prior over windows of a larger field that were trained with
-    their place denoises only once it is told where it stands: ``at``.
+    The parameters take no gradients.  It computes in float32, after ``.double()`` in float64 throughout.  network: ``F``.
+    sigma_data: standard deviation of the latent training data.  ``x = shift + scale * z``, each one number or one per field.
+    A prior over windows of a larger field that were trained with their place denoises only once it is told where it stands:
+    ``at``.
 
     Raises InputError when the space has not two or three axes or sigma_data is not positive.
     """
 
     condition: Tensor | None
     corner: Tensor | None
+    one: Tensor
 
     def __init__(
         self,
@@ -259,7 +282,20 @@ class NetworkPrior(Prior):
         self.network = network.eval().requires_grad_(False)
         self.register_buffer("condition", None)
         self.register_buffer("corner", None)
+        # Of the type that ``double()`` and ``float()`` give the network, which may have no weights to tell.
+        kind = next((p.dtype for p in network.parameters()), torch.float32)
+        self.register_buffer("one", torch.ones((), dtype=kind), persistent=False)
         self.place: tuple[int, int] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float32, or float64 after ``double()``.  Raises InputError for shorter types, in which no answer is right."""
+        if self.one.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"{self.card.name} computes in float32 or float64; for {self.one.dtype} give the prior as it was loaded to "
+                'accelerate(prior, Compute(precision="bfloat16"))'
+            )
+        return self.one.dtype
 
     @property
     def whole(self) -> tuple[int, int] | None:
@@ -285,14 +321,15 @@ class NetworkPrior(Prior):
     def told(self, condition: Tensor | None, place: tuple[int, int] | None) -> NetworkPrior:
         """The same prior with a condition (1, channel, ny, nx), of the whole field for windows, and a window's place."""
         twin = NetworkPrior(self.space, self.schedule, self.card, self.network, sigma_data=self.sigma_data)
-        twin.latent, twin.shift, twin.scale = self.latent, self.shift, self.scale
+        twin.latent, twin.shift, twin.scale, twin.one = self.latent, self.shift, self.scale, self.one
         twin.condition, twin.place = condition, place
         twin.corner = None if place is None else torch.tensor([place], dtype=torch.float32, device=self.device)
         return twin
 
     def predict(self, z: Tensor, sigma: Tensor) -> Tensor:
-        """The preconditioned network, differentiable with respect to ``z``; computes in float32, returns ``z.dtype``."""
-        return precondition(self.network, z, sigma, self.sigma_data, self._context(len(z))).to(z.dtype)
+        """The preconditioned network, differentiable with respect to ``z``; computes in ``dtype``, returns that of ``z``."""
+        inner = z.to(self.dtype)
+        return precondition(self.network, inner, sigma, self.sigma_data, self._context(len(z))).to(z.dtype)
 
     def _context(self, n: int) -> Context | None:
         condition, corner = self.condition, self.corner

@@ -4,6 +4,7 @@ r"""The loss a denoiser is trained on, and where its levels and noise come from 
     L = E\, \lambda(\sigma)\, \| m \odot (D(z_0 + \sigma n, \sigma) - z_0) \|^2, \qquad
     \lambda(\sigma) = \frac{\sigma^2 + s^2}{(\sigma s)^2}, \qquad \ln\sigma \sim N(P_{mean}, P_{std}^2),
 
+where a network that starts from a Wiener filter has the error of that in place of the weight, and
 with a mask ``m`` that leaves out pixels of unknown value; a share ``tail`` of the levels is log-uniform over the whole
 schedule, so that no level is left untrained.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.priors.denoising import Denoiser, denoising_error
-from recon.priors.network import Context, precondition
+from recon.priors.network import Context, estimate, precondition
 from recon.priors.training_config import TrainingConfig
 from recon.schedules import Schedule
 
@@ -98,9 +99,8 @@ def denoising_loss(network: nn.Module, batch: Batch, sigma: Tensor, noise: Tenso
     """``L`` of the module docstring for a batch of ``n`` images at levels ``sigma`` (n,), summed over images and pixels."""
     images, mask, context = batch
     level = sigma.reshape(-1, *[1] * (images.ndim - 1))
-    denoised = precondition(network, images + level * noise, sigma, sigma_data, context)
-    weight = (level.square() + sigma_data**2) / (level * sigma_data).square()
-    return (weight * mask * (denoised - images).square()).sum()
+    denoised, size = estimate(network, images + level * noise, sigma, sigma_data, context)
+    return (mask * ((denoised - images) / size).square()).sum()
 
 
 def told_denoiser(

@@ -15,8 +15,8 @@ from torch import Tensor
 from recon.draws import Draws
 from recon.errors import InputError
 from recon.priors.base import Card, Prior
-from recon.priors.denoising import Wiener
 from recon.priors.gaussian import covering_schedule
+from recon.priors.wiener import Wiener
 from recon.priors.wrapped import Wrapped
 from recon.schedules import Schedule
 from recon.space import Space

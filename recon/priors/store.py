@@ -6,195 +6,45 @@ swapped or cut short without notice.  Weights are kept in float16 and computed w
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recon.errors import InputError
 from recon.files import sha256, write_text, written_aside
-from recon.priors.autoencoder import AutoencoderArchitecture, build_autoencoder
+from recon.priors.autoencoder import build_autoencoder
 from recon.priors.base import Card
-from recon.priors.conditional import ConditionalNetworkPrior, Conditions
+from recon.priors.cards import FACTS, PriorCard
+from recon.priors.conditional import ConditionalNetworkPrior
 from recon.priors.latent import LatentPrior
-from recon.priors.network import Architecture, NetworkPrior, ShuffledUNet, build_network
+from recon.priors.network import NetworkPrior, ShuffledUNet, build_network
 from recon.schedules import Schedule
-from recon.space import Space
-from recon.store import find
+
+if TYPE_CHECKING:
+    from recon.priors.learning.moments import Moments
 
 WEIGHTS = "weights.safetensors"
 _CODER = "coder."  # the weights of an autoencoder beside those of the denoiser
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Grid(_Section):
-    """Axes and lengths of the images.  coords: of the axes that have some: numbers, or the names of variables."""
-
-    dims: tuple[str, ...]
-    shape: tuple[int, ...]
-    coords: dict[str, tuple[float, ...] | tuple[str, ...]] = Field(default_factory=dict)
-
-    def space(self, unit: str) -> Space:
-        """The space of the prior."""
-        coords = {k: v if isinstance(v[0], str) else np.array(v) for k, v in self.coords.items()}
-        return Space(self.dims, self.shape, coords, unit)
-
-
-Positive = Annotated[float, Field(gt=0)]
-
-
-class Normalisation(_Section):
-    """``z = (x - shift) / scale``, one number or one per field; sigma_data: standard deviation of ``z`` in training."""
-
-    shift: float | tuple[float, ...]
-    scale: Positive | tuple[Positive, ...]
-    sigma_data: float = Field(gt=0)
-
-
-class Sigmas(_Section):
-    """The noise levels the denoiser is good for, in units of the latent."""
-
-    sigma_min: float = Field(gt=0)
-    sigma_max: float = Field(gt=0)
-
-
-class Coder(_Section):
-    """The autoencoder of a latent prior, and the mean and standard deviation of each channel of its latents.
-
-    rmse: of held-out images that were coded and decoded, in the physical unit, by data set.
-    """
-
-    architecture: AutoencoderArchitecture
-    mean: tuple[float, ...]
-    std: tuple[Positive, ...]
-    rmse: dict[str, float] = Field(default_factory=dict)
-
-
-class Source(_Section):
-    """A data set that was trained on.  share: of the training images."""
-
-    name: str
-    slices: int
-    share: float
-    licence: str
-    source: str
-
-
-class Weights(_Section):
-    """The file of the weights: its sha256, the type they are stored in and how many they are."""
-
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    dtype: Literal["float16", "float32"]
-    parameters: int
-
-
-class Budget(_Section):
-    """What the training cost."""
-
-    images: int
-    seconds: float
-    precision: str
-
-
-class Error(_Section):
-    """Held-out error at one noise level: RMSE in units of the latent, and of the prior alone in the physical unit if one."""
-
-    data: str
-    sigma: float
-    prior: float
-    wiener: float
-    identity: float
-    non_local_means: float | None = None  # as scikit-image has them
-    prior_physical: float | None = None
-
-
-class Likeness(_Section):
-    """How unlike held-out images the prior's draws are, beside training images: see ``diagnostics.samples``.
-
-    images: how many on each side.  spectrum (dB), histogram and sliced (standard deviations): of draws against held-out images;
-    with ``_training``: of training images against the same, the mean over several subsets.
-    """
-
-    data: str
-    images: int
-    spectrum: float
-    spectrum_training: float
-    histogram: float
-    histogram_training: float
-    sliced: float
-    sliced_training: float
-
-
-class Drawn(_Section):
-    """The draws that were looked at: how many, in how many steps; ``draws.png`` shows the first ones."""
-
-    count: int
-    steps: int
-    seed: int
-    likeness: tuple[Likeness, ...]
-
-
-class PriorCard(_Section):
-    """The content of ``card.yaml``.
-
-    conditions: what the network is told beside the image.  whole: the grid of the field of which the images are windows.
-    autoencoder: of a prior whose denoiser works on latents; architecture, schedule and sigma_data are of those.
-    """
-
-    name: str
-    summary: str
-    grid: Grid
-    unit: str
-    pixel_mm: tuple[float, float] | None = None
-    normalisation: Normalisation
-    schedule: Sigmas
-    architecture: Architecture
-    autoencoder: Coder | None = None
-    conditions: Conditions | None = None
-    whole: Grid | None = None
-    weights: Weights
-    data: tuple[Source, ...]
-    held_out: tuple[str, ...]
-    budget: Budget
-    denoising: tuple[Error, ...]
-    draws: Drawn | None = None
-    unfit_for: str
-    weights_licence: str
-    notes: tuple[str, ...] = ()
-
-    @model_validator(mode="after")
-    def _channels(self) -> Self:
-        told = 0 if self.conditions is None else self.conditions.channels(self.architecture.fields)
-        if told != self.architecture.condition:
-            raise ValueError(
-                f"conditions make {told} channels; architecture.condition is {self.architecture.condition}"
-            )
-        return self
-
-
-FACTS = ("pixel_mm", "whole", "data", "held_out", "budget", "denoising", "draws", "unfit_for", "weights_licence", "notes")
-"""Keys of the card that the prior itself does not know; ``prior.card.facts`` holds them."""
+_AROUND = "around."  # the Gaussian beside the network that was built around it
 
 
 def save_prior(folder: Path, prior: NetworkPrior) -> PriorCard:
     """Write a prior's card and float16 weights to ``folder`` and return the card.
 
-    Raises InputError when the prior has no network of ``build_network``, a fact is missing from its card, or a weight does
-    not fit float16.
+    A Gaussian that the network was built around is kept in float64.  Raises InputError when the prior has no network of
+    ``build_network``, a fact is missing from its card, or a weight does not fit float16.
     """
-    network = prior.network
+    network, moments = _without_gaussian(prior.network)
     if not isinstance(network, ShuffledUNet):
         raise InputError(f"only priors over networks of build_network can be saved; got {type(network).__name__}")
-    named = dict(network.named_parameters())
+    named = _kept(network)
     if isinstance(prior, LatentPrior):
         named |= {f"{_CODER}{name}": value for name, value in prior.coder.named_parameters()}
     halves = {name: value.detach().to(torch.float16).contiguous() for name, value in named.items()}
@@ -220,6 +70,7 @@ def save_prior(folder: Path, prior: NetworkPrior) -> PriorCard:
         "schedule": {"sigma_min": prior.schedule.sigma_min, "sigma_max": prior.schedule.sigma_max},
         "architecture": network.architecture,
         "autoencoder": _coder(prior),
+        "around": None if moments is None else {"rank": moments.factors.shape[1]},
         "conditions": prior.inputs if isinstance(prior, ConditionalNetworkPrior) else None,
         "weights": {"sha256": "0" * 64, "dtype": "float16", "parameters": sum(v.numel() for v in halves.values())},
         **{key: prior.card.facts[key] for key in FACTS if key in prior.card.facts},
@@ -227,7 +78,8 @@ def save_prior(folder: Path, prior: NetworkPrior) -> PriorCard:
     card = _validated(known, f"the card of {prior.card.name}")
     folder.mkdir(parents=True, exist_ok=True)
     with written_aside(folder / WEIGHTS) as aside:
-        save_file(halves, aside)
+        gaussian = {} if moments is None else moments.tensors()
+        save_file(halves | {f"{_AROUND}{name}": value.contiguous() for name, value in gaussian.items()}, aside)
         aside.chmod(0o644)  # safetensors makes files for their owner alone; a prior is for others too
     weights = card.weights.model_copy(update={"sha256": sha256(folder / WEIGHTS)})
     card = card.model_copy(update={"weights": weights})
@@ -241,15 +93,15 @@ def write_card(folder: Path, card: PriorCard) -> None:
     write_text(folder / "card.yaml", text)
 
 
-def load_prior(name_or_path: str | Path, workspace: str | Path | None = None) -> NetworkPrior:
-    """The prior of a name or folder, looked up as in ``recon.store``; its weights are checked against its card.
+def read_prior(folder: Path) -> NetworkPrior:
+    """The prior that ``save_prior`` wrote to ``folder``; its weights are checked against its card.
 
-    A prior whose card has conditions is a ConditionalNetworkPrior, one with an autoencoder a LatentPrior.
+    A prior whose card has conditions is a ConditionalNetworkPrior, one with an autoencoder a LatentPrior.  ``load_prior`` also
+    looks names up and reads other people's checkpoints.
 
-    Raises InputError for an unknown name, a card with missing, unknown or wrong keys, and weights that are missing, changed,
-    cut short, of another network, or not finite.
+    Raises InputError for a card with missing, unknown or wrong keys, and weights that are missing, changed, cut short, of
+    another network, or not finite.
     """
-    folder = find("priors", name_or_path, workspace)
     card = read_card(folder)
     space, schedule = card.grid.space(card.unit), Schedule(card.schedule.sigma_min, card.schedule.sigma_max)
     facts = Card(card.name, card.summary, card.model_dump(mode="json", exclude={"name", "summary"}, exclude_none=True))
@@ -263,8 +115,9 @@ def load_prior(name_or_path: str | Path, workspace: str | Path | None = None) ->
         _fill(coder, {name.removeprefix(_CODER): weights.pop(name) for name in mine}, folder)
         _fill(network, weights, folder)
         return LatentPrior(space, schedule, facts, (network, coder), **numbers)
-    _fill(network, weights, folder)
-    prior = NetworkPrior(space, schedule, facts, network, **numbers)
+    whole: torch.nn.Module = network if card.around is None else _with_gaussian(network, weights, card, folder)
+    _fill(network, weights, folder)  # after the Gaussian, around which a network starts from zero
+    prior = NetworkPrior(space, schedule, facts, whole, **numbers)
     if card.conditions is None:
         return prior
     return ConditionalNetworkPrior(prior, card.conditions, None if card.whole is None else card.whole.space(card.unit))
@@ -289,6 +142,37 @@ def _coder(prior: NetworkPrior) -> dict[str, Any] | None:
     numbers = {name: tuple(getattr(prior.coder, name).flatten().tolist()) for name in ("mean", "std")}
     told = prior.card.facts.get("autoencoder", {})
     return {"architecture": prior.coder.architecture, **numbers, "rmse": told.get("rmse", {})}
+
+
+def _without_gaussian(network: torch.nn.Module) -> tuple[torch.nn.Module, Moments | None]:
+    """The network proper, and what the Gaussian around it is made of, if there is one."""
+    from recon.priors.learning.around import AroundGaussian  # its package stands on this module
+
+    if not isinstance(network, AroundGaussian):
+        return network, None
+    if network.moments is None:
+        raise InputError("a Gaussian that was given as a covariance matrix is too large to be saved; use AroundGaussian.of")
+    return network.network, network.moments
+
+
+def _with_gaussian(
+    network: ShuffledUNet, weights: dict[str, Tensor], card: PriorCard, folder: Path
+) -> torch.nn.Module:
+    """``network`` around the Gaussian that stands among ``weights``, from which it is taken out."""
+    from recon.priors.learning.around import AroundGaussian
+    from recon.priors.learning.moments import Moments
+
+    size = math.prod(card.grid.shape)
+    assert card.around is not None
+    found = {name: weights.pop(name) for name in sorted(weights) if name.startswith(_AROUND)}
+    gaussian = {name.removeprefix(_AROUND): value for name, value in found.items()}
+    wanted = {"mean": (size,), "factors": (size, card.around.rank), "diagonal": (size,)}
+    if {name: tuple(value.shape) for name, value in gaussian.items()} != wanted:
+        raise InputError(f"{folder / WEIGHTS} has not the Gaussian of its card: {', '.join(found) or 'nothing of it'}")
+    if not isinstance(card.normalisation.shift, float) or not isinstance(card.normalisation.scale, float):
+        raise InputError(f"{folder / 'card.yaml'}: a network around a Gaussian has one shift and one scale")
+    numbers = card.normalisation.shift, card.normalisation.scale
+    return AroundGaussian.of(network, Moments(**gaussian), numbers, card.normalisation.sigma_data)
 
 
 def _plain(values: Tensor) -> float | tuple[float, ...]:
@@ -319,8 +203,15 @@ def _weights(folder: Path, card: PriorCard) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged: {error}") from error
 
 
+def _kept(network: torch.nn.Module) -> dict[str, Tensor]:
+    """What the file of the weights holds: the parameters, and the filter that the network starts from."""
+    skip = getattr(network, "skip", None)
+    fitted = {} if skip is None else {f"skip.{name}": value for name, value in skip.named_buffers()}
+    return {**dict(network.named_parameters()), **fitted}
+
+
 def _fill(network: torch.nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-    parameters = dict(network.named_parameters())
+    parameters = _kept(network)
     wrong = sorted(parameters.keys() ^ weights.keys())
     wrong += [n for n in parameters.keys() & weights.keys() if parameters[n].shape != weights[n].shape]
     if wrong:

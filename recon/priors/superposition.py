@@ -25,7 +25,7 @@ from recon.errors import InputError
 from recon.priors.base import Card, Prior
 from recon.priors.gaussian import GaussianPrior
 from recon.priors.mixture import GaussianMixturePrior
-from recon.priors.wrapped import Renormalised, together
+from recon.priors.wrapped import Renormalised, sigma_data_of, together
 
 Gate = Callable[[Tensor, Tensor], Tensor]
 """(z (n, ...), sigma (n,)) -> (n, k): log q_k(z; sigma) up to a number common to all k."""
@@ -79,6 +79,10 @@ class _Several(Prior):
         self.shift, self.scale = first.shift, first.scale
         self.priors = nn.ModuleList(same)
         self.register_buffer("numbers", torch.tensor(numbers, dtype=torch.float64))
+        spreads = [s for s in map(sigma_data_of, same) if s is not None]
+        # What the parts call usual, where all know it.
+        known = len(spreads) == len(same)
+        self.sigma_data = math.sqrt(sum(s * s for s in spreads) / len(spreads)) if known else None
 
     @property
     def parts(self) -> list[Prior]:

@@ -26,6 +26,7 @@ from recon.errors import InputError
 from recon.priors.base import Card, Prior
 from recon.priors.compute import in_chunks, require_chunk
 from recon.priors.tiling import Cut, Tiling
+from recon.priors.wrapped import sigma_data_of
 from recon.space import Space
 
 
@@ -54,6 +55,7 @@ class Windowed(Prior):
         super().__init__(space, prior.schedule, card)
         self.latent = Space(space.dims, space.shape, space.coords, prior.latent.unit)
         self.shift, self.scale = prior.shift, prior.scale
+        self.sigma_data = sigma_data_of(prior)
         self.prior, self.tiling, self.chunk, self.recompute = prior, tiling, chunk, recompute
         self.larger, self.placed = larger, _placed(prior, space, tiling.periodic)
 

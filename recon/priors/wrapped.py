@@ -21,8 +21,16 @@ from recon.priors.base import Card, Prior
 from recon.schedules import Schedule
 
 
+def sigma_data_of(prior: Prior) -> float | None:
+    """Standard deviation of the prior's latent, where it knows one."""
+    value = getattr(prior, "sigma_data", None)
+    return None if value is None else float(value)
+
+
 class Wrapped(Prior):
     """A prior over the arrays of another: its space, latent, schedule, normalisation and decoder; a subclass denoises.
+
+    sigma_data: standard deviation of the latent, None where the prior knows none.
 
     prior: whose these are.  card and schedule: in place of its own.
     """
@@ -32,6 +40,7 @@ class Wrapped(Prior):
         self.latent, self.affine = prior.latent, prior.affine
         self.shift, self.scale = prior.shift, prior.scale
         self.prior = prior
+        self.sigma_data = sigma_data_of(prior)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,6 +82,8 @@ class Renormalised(Wrapped):
         levels = Schedule(prior.schedule.sigma_min / self.ratio, prior.schedule.sigma_max / self.ratio)
         super().__init__(like, prior.card, levels)
         self.inner = prior
+        spread = sigma_data_of(prior)
+        self.sigma_data = None if spread is None else spread / self.ratio
 
     @property
     def dtype(self) -> torch.dtype:

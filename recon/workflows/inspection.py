@@ -18,8 +18,9 @@ from recon.diagnostics.samples import Distances, distances, floor
 from recon.errors import InputError
 from recon.files import written_aside
 from recon.priors.base import Prior
+from recon.priors.cards import Drawn, Error, Likeness, PriorCard
 from recon.priors.denoising import denoising_error, non_local_means
-from recon.priors.store import Drawn, Error, Likeness, PriorCard, load_prior, read_card, write_card
+from recon.priors.store import read_card, read_prior, write_card
 from recon.report.sheet import sheet
 from recon.samplers.unconditional import unconditional
 from recon.workflows.train import read_train_file
@@ -47,7 +48,7 @@ def inspect(
     """
     if draws < SHOWN:
         raise InputError(f"inspect shows {SHOWN} draws and compares the rest; got draws={draws}")
-    prior, card = load_prior(folder), read_card(folder)
+    prior, card = read_prior(folder), read_card(folder)
     data = read_train_file(folder / "train.yaml").data(workspace)
     say(f"{draws} draws in {steps} steps")
     ensemble = unconditional(prior, draws, steps, seed)

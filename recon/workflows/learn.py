@@ -1,35 +1,102 @@
-r"""A prior learnt from measurements alone: posterior samples by moment matching (MMPS), a denoiser trained on them, and again.
+"""From a ``learn.yaml`` to a prior folder: a prior learnt from measurements alone, without a single image.
 
-The samples of a lap follow the probability-flow ODE of the posterior from ``z = sigma_0 n``, by the second-order multistep
-method DPM-Solver++(2M) (``samplers.transitions.DPMSolver2M``).  An ancestral step loses about one step of ``log sigma`` of the
-variance; lap after lap that would shrink the prior.  The grid is even in ``log sigma``, where 32 steps lose about 1 %.
+Posterior samples by moment matching (MMPS), a denoiser trained on them, and again.  The samples of a lap follow the
+probability-flow ODE of the posterior from ``z = sigma_0 n``, by the second-order multistep method DPM-Solver++(2M)
+(``samplers.transitions.DPMSolver2M``).  An ancestral step loses about one step of ``log sigma`` of the variance; lap after lap
+that would shrink the prior.  The grid is even in ``log sigma``, where 32 steps lose about 1 %.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from recon import comm as ranks
 from recon.comm import Comm, serial
 from recon.draws import Draws
+from recon.errors import InputError
 from recon.likelihoods import GaussianLikelihood
 from recon.operators.cg import CG
 from recon.posterior import Posterior
-from recon.priors.base import Prior
+from recon.priors.base import Card, Prior
 from recon.priors.learning import Laps, LearningConfig, Learnt, side_by_side
 from recon.priors.learning.laps import Job
 from recon.priors.network import Architecture, NetworkPrior
+from recon.priors.store import save_prior
 from recon.samplers.base import GuidedSampler
 from recon.samplers.loop import block_threads
 from recon.samplers.mmps import MMPS
 from recon.samplers.transitions import DPMSolver2M
 from recon.schedules import LogLinear
+from recon.workflows.learn_data import Observed, observed
+from recon.workflows.learn_file import LearnFile, read_learn_file
+from recon.workflows.train import asked_to_stop
 
 log = logging.getLogger("recon.learn")
+
+_TOLD = ("chi2", "spread", "lost")  # of a lap's samples, on the card
+
+
+def learn(
+    path: Path,
+    out: Path | None = None,
+    resume: bool = True,
+    workspace: Path | None = None,
+    say: Callable[[str], None] = log.info,
+    overrides: Iterable[str] = (),
+) -> Path:
+    """Learn the prior that a file describes and write it to ``out`` (the file's own folder by default), which is returned.
+
+    What is finished is kept in ``out/learning`` and, with ``resume``, gone on from with the same bits.  ``say`` receives the
+    lines of progress.  overrides: ``a.b=value`` for keys of the file.
+
+    Raises InputError for a wrong file, measurements that cannot be read or do not fit together, a folder of other
+    measurements or settings, or more than one process; Stopped, with all that is finished kept, on SIGTERM, SIGINT or
+    SIGUSR1; ReconError when sampling or training diverges.
+    """
+    comm = ranks.from_environment()
+    if comm.draws.size > 1:
+        raise InputError(f"recon learn is the work of one process and its threads; it was started as {comm.draws.size}")
+    file = read_learn_file(path, overrides, workspace)
+    out = Path(path).parent if out is None else out
+    if not resume:
+        shutil.rmtree(out / "learning", ignore_errors=True)
+    seen = observed(file)
+    say(f"{file.name}: {len(seen.likelihoods)} observations, {seen.says}")
+    walk = PosteriorDraws(walked(file.learning), comm)
+    with asked_to_stop() as asked:
+        laps = Laps(seen.likelihoods, file.architecture, file.learning, out / "learning", walk, say, asked)
+        export(file, seen, laps.run(), out)
+    return out
+
+
+def export(file: LearnFile, seen: Observed, learnt: Learnt, out: Path) -> None:
+    """Write the prior of the last lap to ``out`` with a card that says what it was learnt from and how the laps went."""
+    laps = [{key: float(f"{record['samples'][key]:.4g}") for key in _TOLD} for record in learnt.records]
+    facts: dict[str, Any] = {
+        "data": seen.sources,
+        "held_out": (),
+        "denoising": (),  # of images; there are none
+        "learnt": {"observations": len(seen.likelihoods), "measured": seen.says, "laps": laps},
+        "budget": {
+            "images": sum(record["images"] for record in learnt.records),
+            "seconds": round(sum(record["seconds"] for record in learnt.records)),
+            "precision": file.learning.training.precision,
+        },
+        "unfit_for": file.unfit_for,
+        "weights_licence": file.weights_licence,
+        "notes": file.notes,
+    }
+    if seen.pixel_mm is not None:
+        facts["pixel_mm"] = seen.pixel_mm
+    learnt.prior.card = Card(file.name, file.summary, facts)
+    save_prior(out, learnt.prior)
 
 
 def learn_prior(
@@ -47,8 +114,12 @@ def learn_prior(
 
     Raises InputError as ``Laps``; ReconError when sampling or training diverges.
     """
-    guide = MMPS(steps=config.steps, cg=CG(config.cg_iterations, 1e-4), grid=LogLinear())
-    return Laps(observations, architecture, config, folder, PosteriorDraws(guide), say).run()
+    return Laps(observations, architecture, config, folder, PosteriorDraws(walked(config)), say).run()
+
+
+def walked(config: LearningConfig) -> MMPS:
+    """The posterior sampler of the settings, before ``PosteriorDraws`` changes its transition."""
+    return MMPS(steps=config.steps, cg=CG(config.cg_iterations, 1e-4), grid=LogLinear())
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,19 @@ from recon.operators.trajectories import radial
 from recon.space import Space
 
 
-def build(definition: Any, image: Space) -> LinearOperator:  # noqa: ANN401  (a model of the group operators)
-    """The operator of ``definition`` on ``image``.  Raises InputError where the two do not fit."""
-    return BUILDERS[definition.type](definition, image)
+def build(definition: Any, image: Space, known: Tensor | None = None) -> LinearOperator:  # noqa: ANN401  (a model of the group)
+    """The operator of ``definition`` on ``image``.  known: bool, *image.shape; the other cells (land) are never observed.
+
+    Raises InputError where they do not fit, or the operator cannot leave cells out.
+    """
+    if known is None or bool(known.all()):
+        return BUILDERS[definition.type](definition, image)
+    if definition.type not in _AROUND_GAPS:
+        raise InputError(
+            f"the field has {int((~known).sum())} unknown values (land, gaps), which {definition.type} cannot leave out; "
+            f"{', '.join(_AROUND_GAPS)} can"
+        )
+    return _AROUND_GAPS[definition.type](definition, image, known)
 
 
 def parallel_geometry(definition: Any, image: Space) -> ParallelGeometry:  # noqa: ANN401
@@ -95,7 +105,7 @@ def _radial(definition: Any, image: Space) -> NonCartesianMRI:  # noqa: ANN401
     return NonCartesianMRI(image, trajectory * (np.array(grid) / pixels), _maps(definition, image))
 
 
-def _stations(definition: Any, image: Space) -> PointSensors:  # noqa: ANN401
+def _stations(definition: Any, image: Space, known: Tensor | None = None) -> PointSensors:  # noqa: ANN401
     places = [dim for dim in image.dims if dim != "variable"]
     if any(dim not in image.coords for dim in places) or len(places) != 2:
         raise InputError(
@@ -105,9 +115,10 @@ def _stations(definition: Any, image: Space) -> PointSensors:  # noqa: ANN401
         rows = [np.array(part, dtype=np.float64) for part in zip(*definition.positions, strict=True)]
     else:
         shape = tuple(image.shape[image.dims.index(dim)] for dim in places)
-        if definition.count > math.prod(shape):
-            raise InputError(f"{definition.count} stations do not fit {math.prod(shape)} grid points; take fewer")
-        chosen = _some(math.prod(shape), definition.count, definition.seed)
+        free = np.arange(math.prod(shape)) if known is None else np.flatnonzero(_everywhere(known).flatten().numpy())
+        if definition.count > len(free):
+            raise InputError(f"{definition.count} stations do not fit {len(free)} grid points; take fewer")
+        chosen = free[_some(len(free), definition.count, definition.seed)]
         indices = np.unravel_index(chosen, shape)
         rows = [np.asarray(image.coords[dim], dtype=np.float64)[i] for dim, i in zip(places, indices, strict=True)]
     if "variable" not in image.dims:
@@ -122,12 +133,38 @@ def _table(places: Mapping[str, np.ndarray], variable: tuple[str, ...] | None) -
     return Stations(lat=lat, lon=lon, y=y, x=x, variable=variable)
 
 
-def _masked(definition: Any, image: Space) -> Masked:  # noqa: ANN401
+def _dry(operator: PointSensors, known: Tensor) -> PointSensors:
+    """``operator``, which must not touch unknown cells.  Raises InputError naming the stations that do."""
+    touched = operator.A((~known).to(torch.float32)[None])[0].abs() > 0
+    if bool(touched.any()):
+        wrong = touched.reshape(-1).numpy()
+        raise InputError(
+            f"{int(wrong.sum())} of {wrong.size} stations read cells that are unknown (land): "
+            f"{operator.stations.listing(wrong)}; move them"
+        )
+    return operator
+
+
+def _everywhere(known: Tensor) -> Tensor:
+    """Cells (y, x) in which all variables are known."""
+    return known.reshape(-1, *known.shape[-2:]).all(0)
+
+
+def _masked(definition: Any, image: Space, known: Tensor | None = None) -> Masked:  # noqa: ANN401
     ny, nx = image.shape[-2:]
     count = max(1, round(definition.share * ny * nx))
     mask = np.zeros(ny * nx, dtype=bool)
     mask[_some(ny * nx, count, definition.seed)] = True
-    return Masked(image, mask.reshape(ny, nx))
+    if known is None:
+        return Masked(image, mask.reshape(ny, nx))
+    seen = torch.from_numpy(mask.reshape(ny, nx)) & known
+    everywhere = seen.reshape(-1, ny, nx)
+    return Masked(image, everywhere[0] if bool((everywhere == everywhere[0]).all()) else seen)
+
+
+def _coarse(definition: Any, image: Space, known: Tensor) -> CoarseGrain:  # noqa: ANN401
+    """Means over the known cells of each coarse one; half of it must be known for it to count."""
+    return CoarseGrain.covered(image, definition.factor, _everywhere(known), 0.5)[0]
 
 
 def _some(total: int, count: int, seed: int) -> np.ndarray:
@@ -145,3 +182,9 @@ BUILDERS: Mapping[str, Callable[[Any, Space], LinearOperator]] = {
     "coarse_grain": lambda d, image: CoarseGrain(image, d.factor),
     "masked": _masked,
 }
+_AROUND_GAPS: Mapping[str, Callable[[Any, Space, Tensor], LinearOperator]] = {
+    "stations": lambda d, image, known: _dry(_stations(d, image, known), known),
+    "coarse_grain": _coarse,
+    "masked": _masked,
+}
+"""Those that can leave cells out."""

@@ -17,6 +17,8 @@ import torch
 
 from recon import __version__
 from recon.comm import Comm
+from recon.samplers.warm import WarmStart
+from recon.workflows.priors import fingerprint
 from recon.workflows.problem import Job
 from recon.workflows.schema import Workflow, resolved
 
@@ -60,7 +62,7 @@ def environment(comm: Comm) -> dict[str, Any]:
 
 
 def identity(workflow: Workflow, job: Job) -> str:
-    """A hash of what the draws depend on: workflow, measurement, prior's weights, recon's version.
+    """A hash of what the draws depend on: workflow, measurement, a start that was read, prior's weights, recon's version.
 
     How often checkpoints are written and which baselines are computed are left out: they change no draw.
     """
@@ -70,13 +72,15 @@ def identity(workflow: Workflow, job: Job) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     digest.update(str(weights_sha256(job)).encode())
+    if isinstance(job.sampler, WarmStart) and workflow.start is not None and workflow.start.baseline is None:
+        digest.update(str(job.sampler.frame).encode())
+        digest.update(job.sampler.x.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def weights_sha256(job: Job) -> str | None:
-    """The checksum of the prior's weights, None for closed forms."""
-    weights = job.prior.card.facts.get("weights")
-    return weights.get("sha256") if isinstance(weights, dict) else None
+    """The checksum of the prior's weights and of what it was told besides; None for closed forms: see ``fingerprint``."""
+    return fingerprint(job.prior)
 
 
 def _git() -> str | None:

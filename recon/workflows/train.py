@@ -26,7 +26,7 @@ from recon.priors.base import Card
 from recon.priors.conditional import ConditionalNetworkPrior
 from recon.priors.denoising import Denoiser, Wiener, denoising_error, network_denoiser
 from recon.priors.latent import LatentPrior
-from recon.priors.network import NetworkPrior, build_network
+from recon.priors.network import NetworkPrior, ShuffledUNet, build_network
 from recon.priors.objective import told_denoiser
 from recon.priors.store import save_prior
 from recon.priors.training import Batch, HeldOut, Task, Training
@@ -68,7 +68,7 @@ def train(
     if not resume and comm.root:
         for place in (folder, folder / _CODER):
             (place / "checkpoint.safetensors").unlink(missing_ok=True)
-    with _asked_to_stop() as asked:
+    with asked_to_stop() as asked:
         coder = autoencoder(file, folder, workspace, comm, say, asked)
         training = prepare(file, folder, workspace, comm, coder)
         say(
@@ -119,7 +119,7 @@ def prepare(
     data = file.data(workspace)
     curve = data.curve()
     task = Task(
-        build_network(file.network(data), file.training.seed).train(),
+        _network(file, data, coder).train(),
         seen_through(coder, _normalised(file, data)),
         Schedule(file.schedule.sigma_min, file.schedule.sigma_max),
         sigma_data=file.normalisation.sigma_data,
@@ -127,6 +127,14 @@ def prepare(
         identity=file.identity,
     )
     return Training(file.training, task, folder, comm)
+
+
+def _network(file: TrainFile, data: TrainingData, coder: Autoencoder | None) -> ShuffledUNet:
+    """The network before any training, with the filter that it starts from if it has one."""
+    network = build_network(file.network(data), file.training.seed)
+    if network.skip is not None:
+        network.skip.fit(coded(coder, file.latent(data.whole(_FIT_IMAGES))))
+    return network
 
 
 def _held_out(file: TrainFile, curve: Sample, coder: Autoencoder | None) -> HeldOut | None:
@@ -153,7 +161,7 @@ def export(
 ) -> NetworkPrior:
     """Write the averaged weights of a training run to ``out`` with a card that holds their held-out errors."""
     data = file.data(workspace)
-    network = build_network(file.network(data))
+    network = _network(file, data, coder)
     with torch.no_grad():
         for name, value in training.averaged().items():
             network.get_parameter(name).copy_(value.to(torch.float16))
@@ -172,6 +180,8 @@ def export(
     }
     if file.pixel_mm is not None:
         facts["pixel_mm"] = file.pixel_mm
+    if file.fields is not None and file.fields.fill is not None:
+        facts["fill"] = file.fields.fill
     if data.whole_space is not None:
         whole = data.whole_space
         coords = {dim: v if isinstance(v, tuple) else tuple(v.tolist()) for dim, v in whole.coords.items()}
@@ -247,7 +257,7 @@ def _short(value: float) -> float:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Whether SIGUSR1, SIGTERM or SIGINT came; a second SIGINT stops at once."""
     came: list[int] = []
 

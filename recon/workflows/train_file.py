@@ -15,9 +15,9 @@ from recon.datasets.augment import Cut
 from recon.datasets.sampling import FieldSampling, Sample
 from recon.errors import InputError
 from recon.priors.autoencoder import AutoencoderArchitecture
+from recon.priors.cards import Normalisation, Sigmas
 from recon.priors.conditional import Conditions, LowResolution
 from recon.priors.network import Architecture, Context
-from recon.priors.store import Normalisation, Sigmas
 from recon.priors.training import TrainingConfig
 from recon.workflows.autoencode import AutoencoderSection
 from recon.workflows.problems import validated
@@ -113,6 +113,8 @@ class TrainFile(BaseModel):
         # Keys that are younger than some checkpoints are left out where they change nothing.
         if self.fields is not None and self.fields.fill is None:
             del told["fields"]["fill"]
+        if not self.architecture.wiener:
+            del told["architecture"]["wiener"]
         if self.autoencoder is not None:
             told["autoencoder"] = self.autoencoder.model_dump(mode="json")
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

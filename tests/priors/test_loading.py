@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -14,8 +16,10 @@ from recon.likelihoods import GaussianLikelihood
 from recon.operators import Masked
 from recon.priors import load_prior
 from recon.priors.checkpoints import load_checkpoint, pixel_range
+from recon.priors.store import read_prior
 from recon.samplers import DiffPIR
 from recon.space import Space
+from recon.store import shipped
 from tests.priors.checkpoints.test_checkpoint_files import CONFIG, weights  # noqa: F401  (a fixture)
 
 SPACE = Space(("y", "x"), (8, 8), {}, "1/m")
@@ -112,3 +116,20 @@ def test_arguments_that_do_not_fit(folder, tmp_path):
     write(folder)
     with pytest.raises(InputError, match="formats of checkpoints are adm"):
         load_prior(path, format="hdf5", space=SPACE, normalisation=(0.0, 1.0))
+
+
+def test_there_is_one_door(folder, tmp_path, weights):  # noqa: F811
+    """``read_prior`` is what stands behind it for recon's own folders: no name is looked up, no other card is read."""
+    package = Path(recon.__file__).parent
+    doors = [path for path in package.rglob("*.py") if "def load_prior(" in path.read_text(encoding="utf-8")]
+    assert doors == [package / "priors" / "loading.py"]
+    ours = shipped() / "priors" / "sst_tasmania"
+    z = torch.linspace(-1, 1, 1024).reshape(1, 32, 32)
+    one, other = read_prior(ours), load_prior("sst_tasmania")
+    assert torch.equal(one.denoise(z, 0.5), other.denoise(z, 0.5))
+    assert one.card == other.card
+    write(folder)
+    with pytest.raises(InputError, match=r"is not the card of a prior: .*checkpoint: Extra inputs"):
+        read_prior(folder)
+    with pytest.raises(InputError, match=r"nowhere is not a prior: it has no card.yaml"):
+        read_prior(tmp_path / "nowhere")

@@ -177,13 +177,16 @@ def test_the_validation_curve_knows_what_is_unknown(lab):
 def test_what_is_filled_is_learnt_and_not_counted(lab):
     """Land is part of every training image; the errors of the card are those of the sea."""
     weather(lab)
-    task = prepare(read_train_file(write_fields(lab, fields={"dataset": "weather", "fill": 12.0})), None).task
+    path = write_fields(lab, fields={"dataset": "weather", "fill": 12.0})
+    task = prepare(read_train_file(path), None).task
     images, known, _ = task.batches(0, range(4))
     assert bool((known == 1).all()) and bool((images[:, 0, :2, :3] == (12.0 - 10.0) / 2.0).all())
     assert task.held_out is not None and bool((task.held_out.known[:, 0, :2, :3] == 0).all())
     assert bool((task.held_out.images[:, 0, :2, :3] == 1.0).all())
     _, masked, _ = prepare(read_train_file(write_fields(lab)), None).task.batches(0, range(4))
     assert bool((masked[:, 0, :2, :3] == 0).all())
+    write_fields(lab, fields={"dataset": "weather", "fill": 12.0})
+    assert load_prior(train(path)).card.facts["fill"] == 12.0
 
 
 def test_fields_of_several_variables_become_a_prior(lab):
@@ -196,6 +199,7 @@ def test_fields_of_several_variables_become_a_prior(lab):
     assert prior.scale.flatten().tolist() == [2.0, 0.5]
     assert prior.denoise(torch.zeros(1, 2, 9, 11), 1.0).shape == (1, 2, 9, 11)
     facts = prior.card.facts
+    assert "fill" not in facts
     assert facts["data"][0]["slices"] == 10 and facts["held_out"] == ["weather: the last 25% in file order"]
     # White noise of unit latent variance: the Wiener filter is the optimal denoiser, sigma/sqrt(1 + sigma^2).
     row = facts["denoising"][1]

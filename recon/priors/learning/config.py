@@ -11,7 +11,7 @@ class LearningConfig(BaseModel):
     """How a prior is learnt from measurements alone.
 
     rank, moment_iterations: of the Gaussian of lap 0.  around: the network learns what that
-    Gaussian leaves (``learning.around``); without it, it learns everything itself and ``save_prior`` can store it.  laps: how
+    Gaussian leaves (``learning.around``); without it, it learns everything itself.  laps: how
     often samples are drawn and a network is trained on them.
     per_observation: samples of each observation and lap.  steps, cg_iterations: of the posterior sampler (a vjp per CG
     iteration and one more).  block: samples that are drawn together; None for about 65,000 values; part of what the result

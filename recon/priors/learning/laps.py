@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,18 +24,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recon.draws import Draws, blocks
-from recon.errors import InputError, ReconError
+from recon.errors import InputError, ReconError, Stopped
 from recon.files import write_json, written_aside
 from recon.likelihoods import GaussianLikelihood
 from recon.priors.base import Card
+from recon.priors.cards import Grid
 from recon.priors.learning.around import AroundGaussian
 from recon.priors.learning.config import LearningConfig
-from recon.priors.learning.moments import Moments, fit_moments, posterior_draws
+from recon.priors.learning.moments import Moments, fit_moments, one_thread, posterior_draws
 from recon.priors.learning.observations import fingerprint, require_observations
 from recon.priors.learning.samples import SIGMA_DATA, Quality, Scale, Shuffled, fields, judged
 from recon.priors.network import Architecture, NetworkPrior, build_network
 from recon.priors.objective import Task
-from recon.priors.store import Grid
 from recon.priors.training import Training
 from recon.schedules import Schedule
 from recon.space import Space
@@ -76,7 +75,7 @@ class Laps:
     """The laps of one run, in a folder.
 
     observations: of different objects of one space, images (y, x) or several fields on one grid.  sampling: the E-step.
-    ``run`` goes through all laps that are not finished.
+    stop: asked after every block of samples and every training step.  ``run`` goes through all laps that are not finished.
 
     Raises InputError for observations that do not fit together or the architecture, or a folder of other settings or data.
     """
@@ -89,17 +88,21 @@ class Laps:
         folder: Path,
         sampling: Sampling,
         say: Say = lambda line: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.space = require_observations(observations)
         _require_images(self.space, architecture)
         self.observations, self.architecture, self.config = observations, architecture, config
-        self.folder, self.sampling, self.say = Path(folder), sampling, say
+        self.folder, self.sampling, self.say, self.stop = Path(folder), sampling, say, stop
         self.schedule = Schedule(config.sigma_min, config.sigma_max)
         self.identity = fingerprint(observations)
         self._claim()
 
     def run(self) -> Learnt:
-        """All laps.  Raises ReconError when more samples of a lap diverge than the settings allow."""
+        """All laps.
+
+        Raises ReconError when more samples of a lap diverge than the settings allow, Stopped once ``stop()`` is true.
+        """
         moments = self._moments()
         for lap in range(1, self.config.laps + 1):
             if not (self._lap(lap) / "record.json").exists():
@@ -125,7 +128,7 @@ class Laps:
         if lap > 1:
             _fill(network, _read(self._lap(lap - 1) / "weights.safetensors"))
         training = self.training(lap, network, images, folder)
-        training.run(lambda line: self.say(f"lap {lap}: {line}"))
+        training.run(lambda line: self.say(f"lap {lap}: {line}"), stop=self.stop)
         with written_aside(folder / "weights.safetensors") as aside:
             save_file({name: value.contiguous() for name, value in training.averaged().items()}, aside)
         done = training.progress
@@ -162,6 +165,8 @@ class Laps:
             with written_aside(_block(folder, number)) as aside:
                 save_file({"x": x.float().contiguous()}, aside)
             self.say(f"lap {lap}: drew block {number + 1} of {len(jobs)}")
+            if self.stop():
+                raise Stopped(f"stopped in lap {lap} with its samples so far; go on with the same command")
         x = torch.cat([_read(_block(folder, job.number))["x"] for job in jobs])
         return judged(self.observations, x, scale_of(moments), self.config)
 
@@ -176,14 +181,14 @@ class Laps:
 
     def _gaussian(self, moments: Moments, jobs: Sequence[Job]) -> Iterator[tuple[int, Tensor]]:
         for job in jobs:
-            with _one_thread():
+            with one_thread():
                 x = posterior_draws(moments, job.observations, job.draws)
             yield job.number, x.reshape(-1, *self.space.shape)
 
     def _moments(self) -> Moments:
         path = self.folder / "moments.safetensors"
         if not path.exists():
-            with _one_thread():
+            with one_thread():
                 fit = fit_moments(self.observations, self.config.rank, self.config.moment_iterations, say=self.say)
             with written_aside(path) as aside:
                 save_file({name: value.contiguous() for name, value in fit.moments.tensors().items()}, aside)
@@ -254,8 +259,7 @@ def network_of(architecture: Architecture, config: LearningConfig, moments: Mome
     if not config.around:
         return network
     scale = scale_of(moments)
-    covariance = moments.covariance() / scale.scale**2
-    return AroundGaussian(network, (moments.mean - scale.shift) / scale.scale, covariance, SIGMA_DATA)
+    return AroundGaussian.of(network, moments, (scale.shift, scale.scale), SIGMA_DATA)
 
 
 def scale_of(moments: Moments) -> Scale:
@@ -272,8 +276,11 @@ def _require_images(space: Space, architecture: Architecture) -> None:
             f"observations are of {space.describe()}; the architecture is of {architecture.fields} fields of "
             f"{architecture.sides} pixels"
         )
-    if architecture.condition or architecture.whole is not None:
-        raise InputError("learning from observations has no conditions and no windows; leave condition and whole out")
+    if architecture.condition or architecture.whole is not None or architecture.wiener:
+        raise InputError(
+            "learning from observations has no conditions, no windows and a Gaussian start of its own; leave condition, "
+            "whole and wiener out"
+        )
 
 
 def _fill(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -284,17 +291,6 @@ def _fill(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def _without_laps(part: Any) -> Any:  # noqa: ANN401  (a JSON value)
     return {key: value for key, value in part.items() if key != "laps"} if isinstance(part, dict) else part
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums inside torch are split by the number of threads, which moves their last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _block(folder: Path, number: int) -> Path:

@@ -24,7 +24,8 @@ share it; for images of some 50 x 50 pixels and less.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,6 +43,17 @@ from recon.space import Space
 _RIDGE = 1e-6  # of the mean information per value: what no observation sees stays at zero in the first guess
 _GROWTH = 1.3  # of the step length after a step that raised the likelihood
 _SMALLEST = 1e-6  # of the mean variance: diagonal variances are held above it
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums inside torch are split by the number of threads, which moves their last bits: here there is one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
