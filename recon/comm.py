@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from recon.errors import ReconError
+from recon.errors import InputError, ReconError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,6 +129,24 @@ class Comm:
     def root(self) -> bool:
         """True on the one process that writes shared files and talks to the user."""
         return self.draws.rank == 0 and self.slab.rank == 0
+
+    def cut(self, slabs: int) -> Comm:
+        """The same processes on both axes: every ``slabs`` in a row share the volumes of one rank of draws.
+
+        Ranks of one slab talk within a step and so in one order: a process then works on one block at a time.  Collective.
+        Raises InputError when the processes are not a multiple of ``slabs``, or are on both axes already.
+        """
+        axis = self.draws
+        if slabs < 1 or axis.size % slabs or self.slab.size > 1:
+            raise InputError(
+                f"{axis.size} processes cannot be cut into volumes of {slabs} slabs each"
+                + (f" on top of {self.slab.size} slabs" if self.slab.size > 1 else "")
+            )
+        if isinstance(axis, MPIAxis):
+            group, place = divmod(axis.rank, slabs)
+            draws, slab = (MPIAxis(axis.communicator.Split(color, axis.rank)) for color in (place, group))
+            return Comm(draws, slab)
+        return Comm(axis, self.slab)
 
     def owned(self, blocks: int) -> range:
         """The blocks of this rank, dealt like cards: rank, rank + size, ..."""

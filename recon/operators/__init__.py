@@ -23,10 +23,13 @@ from recon.operators.planar import PlanarVectors
 from recon.operators.point_sensors import PointSensors
 from recon.operators.scipy_bridge import from_scipy
 from recon.operators.sequence import Sequence
+from recon.operators.slabs import AxisDifference, Slab
+from recon.operators.slices import SliceStack
 from recon.operators.stations import Stations
 from recon.operators.whitening import Whitened, Whitening
 
 __all__ = [
+    "AxisDifference",
     "BeamHardening",
     "Blur",
     "CG",
@@ -55,6 +58,8 @@ __all__ = [
     "PlanarVectors",
     "PointSensors",
     "Sequence",
+    "Slab",
+    "SliceStack",
     "Stack",
     "Stations",
     "VectorGeometry",
