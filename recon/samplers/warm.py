@@ -25,7 +25,9 @@ from recon.ensemble import Ensemble
 from recon.errors import InputError
 from recon.posterior import Posterior
 from recon.samplers.base import LevelSampler, Sampler, State
+from recon.samplers.ddrm import DDRM
 from recon.samplers.loop import sample
+from recon.samplers.reddiff import REDDiff
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +45,9 @@ class WarmStart(Sampler):
     frame: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.of, LevelSampler):
-            raise InputError(f"a warm start needs a sampler that walks down noise levels; got {type(self.of).__name__}")
+        reason = why_not(type(self.of))
+        if reason:
+            raise InputError(f"{type(self.of).__name__} cannot start in the middle: {reason}")
         if not self.sigma > 0:
             raise InputError(f"a warm start needs sigma > 0, in units of the prior's latent; got {self.sigma}")
         below = self.of.sigma_min
@@ -85,6 +88,17 @@ class WarmStart(Sampler):
 
     def _keyed(self, draws: Draws) -> Draws:
         return replace(draws, case=draws.case + self.frame) if self.frame else draws
+
+
+def why_not(sampler: type) -> str | None:
+    """Why a sampler of this class cannot start in the middle; None where it can."""
+    if not issubclass(sampler, LevelSampler):
+        return "it does not walk down noise levels"
+    if sampler.couples:
+        return "its draws are weighed against each other from pure noise on; use a sampler whose draws never meet"
+    if issubclass(sampler, DDRM | REDDiff):
+        return "its first state is made of data or denoised, not noise of the first level; use MMPS or DiffPIR"
+    return None
 
 
 def warm_start(sampler: LevelSampler, x: Tensor, sigma: float, steps: int | None = None) -> WarmStart:

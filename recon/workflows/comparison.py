@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,6 +37,12 @@ def suited(operator: LinearOperator) -> tuple[Baseline, ...]:
 def chosen(workflow: Workflow, job: Job) -> tuple[Baseline, ...]:
     """Those a workflow asks for, or else those that suit.  Raises InputError for one that the operator cannot have."""
     asked = suited(job.operator) if workflow.baselines is None else workflow.baselines
+    _require(asked, job, "baselines")
+    return asked
+
+
+def _require(asked: tuple[Baseline, ...], job: Job, key: str) -> None:
+    """InputError naming the workflow's ``key`` for baselines that cannot be made of the operator's data."""
     mri = isinstance(job.operator, CartesianMRI | NonCartesianMRI)
     fits = {
         "fbp": isinstance(job.operator, ParallelBeam | FanBeam),
@@ -47,10 +54,9 @@ def chosen(workflow: Workflow, job: Job) -> tuple[Baseline, ...]:
     wrong = [name for name in asked if not fits[name]]
     if wrong:
         raise InputError(
-            f"baselines: {', '.join(wrong)} cannot be made of the data of {type(job.operator).__name__}; choose of "
+            f"{key}: {', '.join(wrong)} cannot be made of the data of {type(job.operator).__name__}; choose of "
             f"{', '.join(name for name, fit in fits.items() if fit)}, or leave the key out"
         )
-    return asked
 
 
 def baselines(workflow: Workflow, job: Job) -> tuple[dict[str, Tensor], list[str]]:
@@ -68,6 +74,17 @@ def baselines(workflow: Workflow, job: Job) -> tuple[dict[str, Tensor], list[str
         except InputError as error:
             missing.append(f"the baseline {title} could not be made: {error}")
     return made, missing
+
+
+def untold(name: Baseline, job: Job) -> tuple[str, Tensor]:
+    """Title and image of one baseline made of the data alone: a truth that is known chooses nothing.
+
+    Raises InputError when the operator cannot have it, or it cannot take the scan.
+    """
+    _require((name,), job, "start.baseline")
+    title, make = _MAKERS[name]
+    blindfolded = replace(job, measurement=replace(job.measurement, truth=None))
+    return title, make(blindfolded, job.posterior.likelihood.gaussian())
 
 
 def ridge(job: Job, likelihood: GaussianLikelihood) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,24 @@ from torch import Tensor
 
 import recon
 from recon.checks import check_resume
+from recon.draws import Draws
 from recon.errors import InputError
 from recon.likelihoods import GaussianLikelihood
 from recon.operators import CG, MatrixOperator
 from recon.priors import GaussianPrior
 from recon.priors.base import Card, Prior
-from recon.samplers import DDIM, MMPS, PiGDM, SASolver, WarmStart, sample_sequence, warm_start
+from recon.samplers import (
+    DDIM,
+    METHODS,
+    MMPS,
+    LevelSampler,
+    PiGDM,
+    SASolver,
+    WarmStart,
+    sample_sequence,
+    warm_start,
+)
+from recon.samplers.warm import why_not
 from recon.schedules import LogLinear, Schedule
 from recon.space import Space
 from tests.bounds import normal_bound
@@ -97,12 +110,33 @@ def test_it_resumes_to_the_same_bits() -> None:
         (lambda: warm_start(GUIDE, HAT, 500.0), "good for noise levels"),
         (lambda: warm_start(GUIDE, HAT[:2], 0.5), "start of a warm start"),
         (lambda: warm_start(GUIDE, HAT / 0, 0.5), "finite values"),
-        (lambda: WarmStart(of=recon.samplers.Sampler()), "walks down noise levels"),  # type: ignore[arg-type]
+        (lambda: WarmStart(of=recon.samplers.Sampler()), "Sampler cannot start in the middle: it does not walk"),  # type: ignore[arg-type]
     ],
 )
 def test_refusals(build, text: str) -> None:
     with pytest.raises(InputError, match=text):
         recon.sample(problem(), build(), draws=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_who_can_start_in_the_middle_starts_from_noise_alone(method: str) -> None:
+    """Where the first state is the noise of the first level and draws never meet, an image can be put under it; else not."""
+    cls = METHODS[method]
+    sampler: Any = cls(steps=4)
+    if why_not(cls) is None:
+        posterior = problem()
+        found = sampler.init(posterior, Draws(0, range(3))).z
+        torch.testing.assert_close(found, LevelSampler.init(sampler, posterior, Draws(0, range(3))).z, rtol=0, atol=0)
+        assert not cls.couples
+        return
+    with pytest.raises(InputError, match=f"{cls.__name__} cannot start in the middle"):
+        warm_start(sampler, HAT, 0.5)
+
+
+def test_the_methods_that_cannot_are_these() -> None:
+    refused = {name for name, cls in METHODS.items() if why_not(cls) is not None}
+    assert {"ddrm", "reddiff", "twistedsmc", "mcgdiff", "afdps", "fksteering"} <= refused
+    assert not refused & {"mmps", "dps", "latentdps", "resample", "diffpir", "daps", "pnpdm"}
 
 
 def frames(truths: Tensor, sigma: float = 0.5) -> list[recon.Posterior]:
