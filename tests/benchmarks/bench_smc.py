@@ -1,6 +1,8 @@
 """Particles against exact samples of a mixture's posterior: sliced Wasserstein distance over its floor.
 
-    python tests/benchmarks/bench_smc.py [--dims 8 80 800] [--data 1 2 4] [--seeds 20] [--methods twisted mcgdiff mmps dps]
+    python tests/benchmarks/bench_smc.py [--dims 8 80 800] [--data 1 2 4] [--seeds 20] [--first 0]
+        [--methods twisted mcgdiff mmps dps] [--record FILE]
+    python tests/benchmarks/bench_smc.py --table FILE
 
 The mixtures of Cardoso et al. (2023): 25 unit Gaussians at (8 i, 8 j, 8 i, 8 j, ...), i, j in -2 .. 2, weights chi-squared(1)
 and normalised; ``A = U S V^T`` with random orthogonal factors and singular values uniform in [0, 1], noise uniform in [0, 1]
@@ -8,14 +10,20 @@ times the largest, data simulated.  Distance: mean over directions of the Wasser
 draws (with their weights) and 1,024 exact ones, averaged over 4 sets of those; the floor is that between two sets of exact ones
 (6 pairs).
 Also the log evidence against the exact one, in reported standard errors, and seconds per run on one core.
+
+record: a file to which every run is added as a line of JSON, so that seeds can be split over several calls.  table: print the
+table of such a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -130,41 +138,50 @@ def floor_of(case: Problem) -> float:
     return float(np.average(values, weights=[REPEATS - 1 - i for i in range(REPEATS - 1)]))
 
 
-def row(d: int, m: int, chosen: list[str], seeds: range, directions: int) -> str:
-    """One line of the table."""
-    floors: list[float] = []
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in chosen}
+def runs(d: int, m: int, chosen: list[str], seeds: range, directions: int) -> Iterator[dict[str, float | str]]:
+    """One run after the other, as soon as it is known."""
     for seed in seeds:
         case = problem(d, m, seed, directions)
-        floors.append(floor_of(case))
+        floor = floor_of(case)
         for name in chosen:
             start = time.perf_counter()
+            one: dict[str, float | str] = {"d": d, "m": m, "seed": seed, "method": name, "directions": directions}
             try:
                 run = recon.sample(case.posterior, methods()[name], draws=DRAWS, seed=seed, comm=serial(1))
             except recon.errors.ReconError:
-                found[name].append((np.inf, np.nan, time.perf_counter() - start))
+                yield {**one, "floor": floor, "distance": np.inf, "seconds": time.perf_counter() - start}
                 continue
-            seconds = time.perf_counter() - start
+            one["seconds"] = time.perf_counter() - start
             said = run.info.get("particles", {})
-            score = (said["log_evidence"] - case.log_evidence) / said["log_evidence_error"] if said else np.nan
-            found[name].append((sliced(run.x, run.weights, case.sets, case.directions), score, seconds))
-            ratio = found[name][-1][0] / floors[-1]
-            sys.stderr.write(f"d {d} m {m} seed {seed}: {name} {ratio:.2f} of {floors[-1]:.3f}, {seconds:.0f} s\n")
-    cells = [f"{d:4d} {m:2d}  {np.mean(floors):6.3f}"]
-    for name in chosen:
-        distance, score, seconds = np.array(found[name]).T
-        ratios = distance / np.array(floors)
-        beyond = f" ev>3: {int((np.abs(score) > 3).sum())}" if np.isfinite(score).any() else ""
-        error = ratios.std(ddof=1) / np.sqrt(len(seeds)) if len(seeds) > 1 else np.nan
-        cells.append(
-            f"{name} {np.mean(distance) / np.mean(floors):5.2f} (of ratios {ratios.mean():.2f}+-{error:.2f}, "
-            f"{seconds.mean():.1f} s{beyond})"
+            if said:
+                one["score"] = (said["log_evidence"] - case.log_evidence) / said["log_evidence_error"]
+                one["ess"], one["ancestors"] = said["smallest_ess"], said["ancestors"]
+            yield {**one, "floor": floor, "distance": sliced(run.x, run.weights, case.sets, case.directions)}
+
+
+def table(records: list[dict[str, float]]) -> str:
+    """A line per problem and method.
+
+    ratio: of the mean distance to the mean floor; then mean and standard error of the ratios of the seeds, and the largest.
+    """
+    lines = ["  d  m method   seeds   floor  ratio  of ratios       largest  seconds  evidence beyond 3 errors"]
+    for key in sorted({(r["d"], r["m"], r["method"]) for r in records}):
+        # A seed that was run twice counts once, as it was run last.
+        mine = list({r["seed"]: r for r in records if (r["d"], r["m"], r["method"]) == key}.values())
+        distance, floor = np.array([r["distance"] for r in mine]), np.array([r["floor"] for r in mine])
+        ratios = distance / floor
+        error = ratios.std(ddof=1) / np.sqrt(len(mine)) if len(mine) > 1 else np.nan
+        scores = np.array([r["score"] for r in mine if "score" in r])
+        lines.append(
+            f"{key[0]:4d} {key[1]:2d} {key[2]:8s} {len(mine):4d}  {floor.mean():6.3f}  {distance.mean() / floor.mean():5.2f}  "
+            f"{ratios.mean():5.2f} +- {error:.2f}  {ratios.max():8.2f}  {np.mean([r['seconds'] for r in mine]):7.1f}  "
+            + (f"{int((np.abs(scores) > 3).sum())} of {len(scores)}" if len(scores) else "-")
         )
-    return " | ".join(cells)
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Print the table, a row as soon as it is known."""
+    """Run and print, or print what was recorded."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dims", type=int, nargs="+", default=[8, 80, 800])
     parser.add_argument("--data", type=int, nargs="+", default=[1, 2, 4])
@@ -172,17 +189,28 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--directions", type=int, default=10_000)
     parser.add_argument("--methods", nargs="+", choices=list(methods()), default=list(methods()))
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--table", type=Path)
     given = parser.parse_args()
+    if given.table:
+        sys.stdout.write(table([json.loads(line) for line in given.table.read_text().splitlines()]))
+        return
     torch.set_num_threads(1)
-    sys.stdout.write(
-        f"{DRAWS} draws, {STEPS} steps, {given.seeds} seeds, {given.directions} directions\n  d  m   floor\n"
-    )
+    seeds = range(given.first, given.first + given.seeds)
+    sys.stdout.write(f"{DRAWS} draws, {STEPS} steps, {given.seeds} seeds, {given.directions} directions\n")
+    found = []
     for d in given.dims:
         for m in given.data:
-            sys.stdout.write(
-                row(d, m, given.methods, range(given.first, given.first + given.seeds), given.directions) + "\n"
-            )
-            sys.stdout.flush()
+            for one in runs(d, m, given.methods, seeds, given.directions):
+                found.append(one)
+                sys.stderr.write(
+                    f"d {d} m {m} seed {one['seed']}: {one['method']} {one['distance'] / one['floor']:.2f} of "
+                    f"{one['floor']:.3f}, {one['seconds']:.0f} s\n"
+                )
+                if given.record:
+                    with given.record.open("a") as file:
+                        file.write(json.dumps(one) + "\n")
+    sys.stdout.write(table(found))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,11 @@ ancestral kernel ``N(m, v I)``, ``m = z - tau (z - D)``, ``v = sigma'^2 tau``, e
     psi(z)  = prod N(t_i; e_i . m, v + V_i')                                   # g one step ahead: "fully adapted"
     c_i'    ~ N(t_i K + (1 - K) e_i . m, V_i' K),   K = v / (v + V_i')         # other directions: the kernel's own
     l      += log psi(z) - log g'(z')
+
+Dividing by g' makes weights of a heavy tail where a step is long beside g.  Draws and evidence are right in the limit and the
+evidence is unbiased, but its reported error is then too small: of 50 runs of 200 particles on a Gaussian in two dimensions, 24
+steps from 50 to 0.01, 2, 4 and 9 lay beyond three errors for MCGDiff, AFDPS and FPS.  Steps that are short cure it, as do
+DDSMC and TwistedSMC.
 """
 
 from __future__ import annotations

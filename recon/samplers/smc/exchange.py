@@ -54,8 +54,9 @@ class Plan:
 
     @classmethod
     def of(cls, parents: np.ndarray, owner: np.ndarray) -> Plan:
-        """The plan that brings particle ``parents[i]`` to the owner of place ``i``, for every ``i``."""
-        source, target = owner[parents], owner
+        """The plan that brings particle ``parents[i]``, or each of them, to the owner of place ``i``: (K,) or (K, several)."""
+        parents = parents.reshape(len(owner), -1)
+        source, target = owner[parents], np.broadcast_to(owner[:, None], parents.shape)
         away = source != target
         triples = np.unique(np.stack([source[away], target[away], parents[away]], 1), axis=0)
         moves: dict[tuple[int, int], np.ndarray] = {}
@@ -69,12 +70,25 @@ class Plan:
         return sum(len(numbers) for numbers in self.moves.values())
 
 
-def carry_out(
-    rows: Mapping[str, Tensor], members: tuple[int, ...], parents: np.ndarray, table: Table, comm: Comm
-) -> tuple[dict[str, Tensor], int, int]:
-    """The rows of this process' places after resampling, the bytes it was to send by the plan, and those it sent.
+@dataclass(frozen=True)
+class Pool:
+    """Particles at hand: tensors of some rows each, and the row in which particle p stands, ``at[p]``.
 
-    rows: tensors (n, ...) of the particles ``members``.  Collective.
+    planned, sent: bytes this process was to send by the plan, and those it sent.
+    """
+
+    rows: Mapping[str, Tensor]
+    at: Mapping[int, int]
+    planned: int
+    sent: int
+
+
+def gathered(
+    rows: Mapping[str, Tensor], members: tuple[int, ...], parents: np.ndarray, table: Table, comm: Comm
+) -> Pool:
+    """The particles of this process, then those of others that its places descend from; collective.
+
+    rows: tensors (n, ...) of the particles ``members``.  parents: (K,), or (K, several) for places made of several particles.
     """
     axis, plan = comm.draws, Plan.of(parents, table.owner)
     here = {member: i for i, member in enumerate(members)}
@@ -90,14 +104,25 @@ def carry_out(
     numbers = [plan.moves.get((source, axis.rank), np.empty(0, dtype=int)) for source in range(axis.size)]
     arrived = np.concatenate([parcel.reshape(-1, width) for parcel in received])
     index = here | {int(p): len(members) + i for i, p in enumerate(np.concatenate(numbers))}
-    picks = [index[int(parents[member])] for member in members]
     out, first = {}, 0
     for name, values in rows.items():
         span = wide[name].shape[1]
-        both = np.concatenate([wide[name], arrived[:, first : first + span]])[picks]
-        out[name] = _values(both, values)
+        more = _values(arrived[:, first : first + span], values)
+        out[name] = torch.cat([values, more]) if len(more) else values
         first += span
-    return out, predicted, sent
+    return Pool(out, index, predicted, sent)
+
+
+def carry_out(
+    rows: Mapping[str, Tensor], members: tuple[int, ...], parents: np.ndarray, table: Table, comm: Comm
+) -> tuple[dict[str, Tensor], int, int]:
+    """The rows of this process' places after resampling, the bytes it was to send by the plan, and those it sent.
+
+    rows: tensors (n, ...) of the particles ``members``.  parents: (K,).  Collective.
+    """
+    pool = gathered(rows, members, parents, table, comm)
+    picks = [pool.at[int(parents[member])] for member in members]
+    return {name: values[picks] for name, values in pool.rows.items()}, pool.planned, pool.sent
 
 
 def _bytes(values: Tensor) -> np.ndarray:
@@ -113,4 +138,5 @@ def _values(raw: np.ndarray, like: Tensor) -> Tensor:
     shape = (len(raw), *like.shape[1:])
     if raw.size == 0:
         return like.new_empty(shape)
-    return torch.from_numpy(np.ascontiguousarray(raw)).view(like.dtype).reshape(shape).to(like.device)
+    # A copy: a slice of one row counts as contiguous and keeps the stride of the whole.
+    return torch.from_numpy(raw.copy()).view(like.dtype).reshape(shape).to(like.device)

@@ -28,15 +28,19 @@ def mixture() -> recon.Posterior:
     return recon.Posterior(prior, GaussianLikelihood(operator, torch.tensor([1.0]).double(), 0.4))
 
 
-def chain_posterior(posterior: recon.Posterior, sigmas: list[float]) -> recon.Posterior:
-    """The same data with the law that the ancestral chain gives a Gaussian prior: mean and covariance step by step."""
+def chain_posterior(posterior: recon.Posterior, sigmas: list[float], eta: float = 1.0) -> recon.Posterior:
+    """The same data with the law that the chain gives a Gaussian prior: mean and covariance step by step.
+
+    eta: 1 for the ancestral chain, else that of ``DDSMC``.
+    """
     prior = posterior.prior
     assert isinstance(prior, GaussianPrior)
     C, mean0, eye = prior.covariance(), prior.mean, torch.eye(len(prior.mean), dtype=torch.float64)
     gain = C @ torch.linalg.inv(C + sigmas[0] ** 2 * eye)
     mean, covariance = mean0 - gain @ mean0, sigmas[0] ** 2 * eye
     for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
-        tau, gain = 1 - (after / sigma) ** 2, C @ torch.linalg.inv(C + sigma**2 * eye)
+        gone, gain = sigma**2 - after**2, C @ torch.linalg.inv(C + sigma**2 * eye)
+        tau = gone / (eta * after**2 + gone)
         slope = (1 - tau) * eye + tau * gain
         mean = slope @ mean + tau * (mean0 - gain @ mean0)
         covariance = slope @ covariance @ slope.T + after**2 * tau * eye

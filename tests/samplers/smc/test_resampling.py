@@ -98,13 +98,21 @@ class Two(SerialAxis):
         return [self.box.get((source, self.rank), np.empty(0, np.uint8)) for source in range(2)]
 
 
-def test_rows_arrive_where_their_children_stand() -> None:
+@pytest.mark.parametrize(
+    ("parents_of", "sent_by_first"), [([0, 0, 0, 2, 4, 0, 6, 4], 2), ([0, 0, 0, 3, 4, 5, 6, 7], 1)]
+)
+def test_rows_arrive_where_their_children_stand(parents_of: list[int], sent_by_first: int) -> None:
     from dataclasses import replace
 
     members, box = {0: (0, 1, 4, 5), 1: (2, 3, 6, 7)}, {}
-    owner, places = np.array([0, 0, 1, 1, 0, 0, 1, 1]), np.array([0, 0, 0, 2, 4, 0, 6, 4])
+    owner, places = np.array([0, 0, 1, 1, 0, 0, 1, 1]), np.array(parents_of)
     table = Table(owner, {})
-    whole = {"z": torch.randn(8, 3, 2), "first": torch.arange(8), "none": torch.zeros(8, 0)}
+    whole = {
+        "z": torch.randn(8, 3, 2),
+        "first": torch.arange(8),
+        "none": torch.zeros(8, 0),
+        "flag": torch.arange(8) > 3,
+    }
     for _ in range(2):  # the second time every parcel is in the box
         for rank in (0, 1):
             rows = {name: values[list(members[rank])] for name, values in whole.items()}
@@ -116,7 +124,7 @@ def test_rows_arrive_where_their_children_stand() -> None:
                     continue
                 continue
             got, planned, sent = carry_out(rows, members[rank], places, table, comm)
-            assert planned == sent == (2 if rank == 0 else 0) * (3 * 2 * 4 + 8)
+            assert planned == sent == (sent_by_first if rank == 0 else 0) * (3 * 2 * 4 + 8 + 1)
             for name, values in whole.items():
                 assert torch.equal(got[name], values[places[list(members[rank])]])
 
