@@ -21,6 +21,7 @@ _HOME = {
     "sample": "recon.samplers",
     "run": "recon.workflows",
     "checks": "recon.checks",
+    "plot": "recon.plot",
     "ReconError": "recon.errors",
     "InputError": "recon.errors",
 }
@@ -31,4 +32,4 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562: the type is that o
     if name not in _HOME:
         raise AttributeError(f"module 'recon' has no attribute {name!r}")
     module = importlib.import_module(_HOME[name])
-    return module if name == "checks" else getattr(module, name)
+    return module if name in ("checks", "plot") else getattr(module, name)

@@ -88,7 +88,7 @@ def group_fit(likelihood: Likelihood, ensemble: Ensemble, dim: str, false_alarm:
             seen |= (found.residual != 0).any(0)
             parts.append(torch.stack([_average(v, weights[first : first + BLOCK]) for v in found.moments()]))
     for total, values in zip(totals, torch.stack(parts).sum(0), strict=True):
-        total += torch.where(seen, values, 0.0).movedim(axis, 0).flatten(1).sum(1)
+        total += torch.where(seen, values, 0.0).movedim(axis, 0).reshape(space.shape[axis], -1).sum(1)
     square, expected, variance = totals
     freedom = 2 * expected**2 / variance
     tail = false_alarm / (2 * math.e * len(square))

@@ -3,7 +3,7 @@
 ``ensemble.nc`` holds the draws, ``evidence.nc`` the arrays around them and ``facts.json`` the rest.  ``evidence.nc`` has two
 groups, because an image and a measurement may use the same names for different axes:
 
-* ``image``: truth, prior_std, baseline(method, ...)
+* ``image``: truth, prior_std, baseline(method, ...), and where variance was split into what data and prior gave, its maps
 * ``measurement``: value, residual (whitened, averaged over draws), per_view and per_view_sd, chi2(draw); its attributes carry
   the scalars of the fit.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from recon.diagnostics.fit import DataFit
+from recon.diagnostics.split import DataPriorSplit
 from recon.ensemble import Ensemble, labelled, plain
 from recon.errors import InputError
 from recon.files import write_json, written_aside
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 ENSEMBLE, EVIDENCE, FACTS = "ensemble.nc", "evidence.nc", "facts.json"
+_MAPS = ("data", "prior", "cross", "null_mean")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +40,12 @@ class Evidence:
 
     measurement: *range.shape, in the unit of ``range``.  fit: from ``data_fit``.  truth: *space.shape, physical units, or None.
     baselines: name -> *space.shape.  prior_std: standard deviation of the prior in data units, a number or *space.shape.
-    facts: JSON values, each optional: title, operator, noise (text or mapping); sampler {name, claim, fields}; prior (mapping);
-    calibration {status, text}; cost (mapping of numbers); provenance (mapping); warnings (list of str).
+    split: from ``data_prior_split``, where it was affordable.
+    facts: JSON values, each optional: title, operator, noise, data (text or mapping); sampler {name, claim, fields}; prior
+    (mapping); calibration {status: verified, recalibrated or unverified, text, date, cases, scope, quantities {name: {status,
+    text, factor}}}; residuals {groups, whiteness} and stations (see ``recon.report.examined``); units {variable: unit}; regions
+    {name: {dim: [first, last]}} (see ``recon.report.regions``); split (why there is none); cost (mapping of numbers);
+    provenance (mapping); warnings (list of str).
 
     Raises InputError for shapes that do not fit.
     """
@@ -52,6 +58,7 @@ class Evidence:
     baselines: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     prior_std: Tensor | None = None
+    split: DataPriorSplit | None = None
 
     def __post_init__(self) -> None:
         _same(self.measurement, self.range, "the measurement")
@@ -66,6 +73,8 @@ class Evidence:
             object.__setattr__(self, "prior_std", torch.as_tensor(self.prior_std))
             if self.prior_std.ndim:
                 _same(self.prior_std, self.ensemble.space, "the prior's standard deviation")
+        if self.split is not None:
+            _same(self.split.null_mean, self.ensemble.space, "the split's null part")
 
     def save(self, folder: str | Path) -> None:
         """Write ``evidence.nc`` and ``facts.json``, and ``ensemble.nc`` where the folder has none; each whole or not at all."""
@@ -97,11 +106,23 @@ class Evidence:
             dims = space.dims if self.prior_std.ndim else ()
             data["prior_std"] = (dims, _array(self.prior_std), {**unit, "long_name": "standard deviation of the prior"})
         coords = _coords(space)
+        attrs = {}
+        if self.split is not None:
+            for name in _MAPS:
+                values = getattr(self.split, name)
+                if values is not None:
+                    data[f"split_{name}"] = (
+                        space.dims,
+                        _array(values),
+                        {"long_name": f"split of data and prior: {name}"},
+                    )
+            rest = ("filter", "null_share", "reason")
+            attrs["recon_split"] = json.dumps({name: getattr(self.split, name) for name in rest})
         if self.baselines:
             stack = np.stack([_array(v) for v in self.baselines.values()])
             data["baseline"] = (("method", *space.dims), stack, {**unit, "long_name": "other reconstructions"})
             coords["method"] = ("method", list(self.baselines))
-        return xr.Dataset(data, coords)
+        return xr.Dataset(data, coords, attrs)
 
     def _measured(self) -> xr.Dataset:
         import xarray as xr
@@ -146,12 +167,20 @@ class Evidence:
             {name: _tensor(image["baseline"].isel(method=i)) for i, name in enumerate(names)},
             facts,
             _tensor(image["prior_std"]) if "prior_std" in image else None,
+            _split(image),
         )
 
 
 def _same(values: Tensor, space: Space, what: str) -> None:
     if tuple(values.shape) != space.shape:
         raise InputError(f"{what} must be {space.describe()}; got shape {tuple(values.shape)}")
+
+
+def _split(image: xr.Dataset) -> DataPriorSplit | None:
+    if "recon_split" not in image.attrs:
+        return None
+    maps = {name: _tensor(image[f"split_{name}"]) if f"split_{name}" in image else None for name in _MAPS}
+    return DataPriorSplit(**maps, **json.loads(image.attrs["recon_split"]))  # type: ignore[arg-type]  # null_mean is there
 
 
 def _tensors(kind: type[DataFit]) -> list[str]:

@@ -1,284 +1,333 @@
-"""The figures of a report, in the order of its sections: each makes a ``Picture`` of the evidence (None without data)."""
+"""The figures of one quantity: its images, its uncertainty, its intervals."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recon.diagnostics.spread import GROUP, determined, draws_needed, reliability
-from recon.report.evidence import Evidence
-from recon.report.panels import (
+from recon.ensemble import labelled
+from recon.plot.canvas import (
     BLUE,
-    GREEN,
     INKED,
     ORANGE,
-    WIDTH,
+    SERIES,
     Look,
-    Picture,
+    colours,
     curve,
     draw,
-    finish,
+    image,
+    labels,
     legend,
     limits,
-    new_figure,
     scale,
     shown,
     slice_note,
     tidy,
+    unit_label,
 )
-from recon.report.panels import axis as positions
+from recon.plot.inputs import labelled_array
+from recon.plot.maps import band, checked_intervals, refusal
+from recon.plot.maps import intervals as draw_intervals
+from recon.report.panels import WIDTH, Picture, finish, new_figure
+from recon.report.quantities import Quantity, wrapped
 from recon.report.verdict import bare, number
+from recon.space import Space
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
 
 COLUMNS = 4
 MOST = 8  # panels of one figure
 
 
-def unit_label(what: str, unit: str) -> str:
-    """``what (unit)``, or ``what`` alone for dimensionless data."""
-    return what if unit in ("1", "") else f"{what} ({unit})"
-
-
-def images(evidence: Evidence) -> Picture:
-    """Mean, two draws, truth and baselines at one grey scale; intervals along the axis for one-dimensional data."""
-    ensemble, space = evidence.ensemble, evidence.ensemble.space
+def images(quantity: Quantity) -> Picture:
+    """Mean, two draws, truth and baselines at one scale; bands along the axis for one-dimensional data."""
+    ensemble, space = quantity.ensemble, quantity.space
     if len(space.dims) == 1:
-        return _intervals(evidence)
-    shows: dict[str, Tensor] = {} if evidence.truth is None else {"truth": evidence.truth}
+        return _curves(quantity)
+    shows: dict[str, Tensor] = {} if quantity.truth is None else {"truth": quantity.truth}
     shows["posterior mean"] = ensemble.mean()
     shows |= {f"draw {d}": ensemble.x[d] for d in range(min(2, len(ensemble)))}
-    shows |= {name: value for name, value in evidence.baselines.items() if name not in shows}
+    shows |= {name: value for name, value in quantity.baselines.items() if name not in shows}
     left_out = list(shows)[MOST:]
-    shows = dict(list(shows.items())[:MOST])
+    shows = {name: _seen(quantity, value) for name, value in list(shows.items())[:MOST]}
     flat = {name: shown(space, value) for name, value in shows.items()}
-    guide = flat.get("truth", flat["posterior mean"])
-    look = Look("gray", *limits(guide, share=0.1), unit_label("value", space.unit))
-    columns = 3 if len(shows) in (5, 6, 9) else min(COLUMNS, len(shows))
+    reference = "truth" if "truth" in shows else "posterior mean"
+    look = Look(colours(space), *limits(flat[reference], share=0.1), unit_label("value", space.unit))
+    if quantity.kind == "phase":
+        look = Look("twilight", -math.pi, math.pi, "phase (rad)")
+    row = 5 if quantity.name else COLUMNS  # several quantities: a row each, where it fits
+    columns = 3 if len(shows) in (5, 6, 9) and len(shows) > row else min(row, len(shows))
     rows = math.ceil(len(shows) / columns)
-    tall = min(1.5, max(0.4, space.shape[-2] / space.shape[-1]))
-    figure, grid = new_figure(0.5 + rows * (0.4 + tall * (WIDTH - 1.4) / max(columns, 3)), rows, columns)
+    figure, grid = new_figure(0.5 + rows * (0.4 + _tall(space) * (WIDTH - 1.4) / max(columns, 3)), rows, columns)
     for k, (axes, (name, value)) in enumerate(zip(grid.flat, shows.items(), strict=False)):
-        made = draw(axes, space, value, look, name)
-        if k % columns:
-            axes.set_ylabel("")
-            axes.tick_params(labelleft=False)
-        if k + columns < len(shows):
-            axes.set_xlabel("")
-            axes.tick_params(labelbottom=False)
+        made = _drawn(axes, quantity, value, look, name)
+        _inner(axes, left=k % columns == 0, bottom=k + columns >= len(shows))
     for axes in grid.flat[len(shows) :]:
         axes.set_axis_off()
     scale(figure, made, grid, look, *flat.values())
-    alt = f"Images side by side at one grey scale: {', '.join(shows)}."
+    alt = f"{quantity.title}images side by side at one scale: {', '.join(shows)}."
     omitted = f" Not shown: {', '.join(left_out)}." if left_out else ""
-    reference = "truth" if "truth" in shows else "posterior mean"
-    caption = (
-        f"All panels share one grey scale, {number(look.low)} to {number(look.high)} {bare(space.unit)} (the range of the "
-        f"{reference}); pointed ends of the bar mean that values lie beyond it.{slice_note(space)}{omitted}"
+    return finish(
+        figure, alt, f"{quantity.title}{_scale_words(quantity, look, reference)}{omitted}", kept(space, shows)
     )
-    return finish(figure, alt, caption)
 
 
-def _intervals(evidence: Evidence) -> Picture:
-    ensemble, space = evidence.ensemble, evidence.ensemble.space
+def _scale_words(quantity: Quantity, look: Look, reference: str) -> str:
+    note = slice_note(quantity.space)
+    if quantity.kind == "phase":
+        return (
+            "phase in rad, cyclic colours; left out (plain) where the mean's magnitude is below a tenth of its "
+            f"largest.{note}"
+        )
+    what = "Magnitudes |x|, the mean being that of the draws' magnitudes. " if quantity.kind == "magnitude" else ""
+    return (
+        f"{what}All panels share one scale, {number(look.low)} to {_with_unit(look.high, quantity)} (the range of "
+        f"the {reference}); pointed ends of the bar mean that values lie beyond it.{note}"
+    )
+
+
+def _with_unit(value: float, quantity: Quantity) -> str:
+    return f"{number(value)} {bare(quantity.unit)}".strip()
+
+
+def _drawn(axes: Axes, quantity: Quantity, values: Tensor, look: Look, title: str) -> Any:  # noqa: ANN401  (mappable or None)
+    """As ``draw``; where the quantity means nothing the paper shows through, which is no fault of the values."""
+    made = draw(axes, quantity.space, values, look, title)
+    if made is not None and quantity.mask is not None:
+        made.set_cmap(made.get_cmap().with_extremes(bad="#80808030"))
+    return made
+
+
+def _tall(space: Space) -> float:
+    return min(1.5, max(0.4, space.shape[-2] / space.shape[-1]))
+
+
+def _seen(quantity: Quantity, values: Tensor) -> Tensor:
+    return quantity.seen(wrapped(values) if quantity.kind == "phase" else values)
+
+
+def _inner(axes: Axes, left: bool, bottom: bool) -> None:
+    """Keep tick labels only at the outside of a grid of maps."""
+    if not left:
+        axes.set_ylabel("")
+        axes.tick_params(labelleft=False)
+    if not bottom:
+        axes.set_xlabel("")
+        axes.tick_params(labelbottom=False)
+
+
+def kept(space: Space, values: Mapping[str, Tensor | np.ndarray]) -> dict[str, xr.DataArray]:
+    """What a figure shows of arrays on ``space``, with names: the slice that is drawn."""
+    flat = space if len(space.dims) == 1 else _plane(space)
+    return {
+        name: labelled_array(v if len(space.dims) == 1 or v.ndim == 2 else shown(space, v), flat, name)
+        for name, v in values.items()
+    }
+
+
+def _plane(space: Space) -> Space:
+    dims = space.dims[-2:]
+    return Space(dims, space.shape[-2:], {d: space.coords[d] for d in dims if d in space.coords}, space.unit)
+
+
+def _curves(quantity: Quantity) -> Picture:
+    ensemble, space = quantity.ensemble, quantity.space
     figure, grid = new_figure(3.6, 1, 1)
     axes = grid[0, 0]
-    x, _ = positions(space, space.dims[0])
-    bands = [level for level in (0.9, 0.5) if ensemble.ess >= draws_needed(level) - 1e-6]
-    for level, alpha in zip(bands, (0.2, 0.35)[2 - len(bands) :], strict=True):
-        low, high = (v.numpy() for v in ensemble.quantile([(1 - level) / 2, (1 + level) / 2]))
-        half = 0.5 if len(x) > 1 else 0.05
-        label = f"{100 * level:.0f} % interval"
-        if len(x) <= 40:
-            axes.bar(x, high - low, 0.7 * half, low, color=BLUE, alpha=alpha, label=label)
-        else:
-            axes.fill_between(x, low, high, color=BLUE, alpha=alpha, linewidth=0, label=label)
-    few = len(x) <= 40
+    data: dict[str, Tensor | np.ndarray] = {}
+    held = [level for level in (0.9, 0.5) if not refusal(ensemble, level)]
+    for level, alpha in zip(held, (0.2, 0.35)[2 - len(held) :], strict=True):
+        maps = checked_intervals(ensemble, level)
+        assert maps.low is not None  # refusal was empty
+        assert maps.high is not None
+        band(axes, space, maps.low, maps.high, f"{100 * level:.0f} % interval", alpha)
+        data |= {f"low {level:g}": maps.low, f"high {level:g}": maps.high}
+    few = space.shape[0] <= 40
     line = "none" if few else "-"
     for d in range(min(2, len(ensemble))):
         faint = {"color": BLUE, "alpha": 0.5, "linewidth": 0.7, "markersize": 2.5}
         curve(axes, space, ensemble.x[d], linestyle=line, label=f"draw {d}", **faint)
-    for color, (name, value) in zip((ORANGE, GREEN, "#b07aa1", "#9c755f"), evidence.baselines.items(), strict=False):
+        data[f"draw {d}"] = ensemble.x[d]
+    for color, (name, value) in zip(SERIES[1:], quantity.baselines.items(), strict=False):
         curve(axes, space, value, color=color, linestyle=line if few else "--", label=name)
+        data[name] = value
     curve(axes, space, ensemble.mean(), color=BLUE, linewidth=1.8, linestyle=line, label="posterior mean")
-    if evidence.truth is not None:
+    data["posterior mean"] = ensemble.mean()
+    if quantity.truth is not None:
         mark = {"marker": "x", "markersize": 6} if few else {}
-        curve(axes, space, evidence.truth, gid=INKED, linewidth=1.0, linestyle=line, label="truth", **mark)
+        curve(axes, space, quantity.truth, gid=INKED, linewidth=1.0, linestyle=line, label="truth", **mark)
+        data["truth"] = quantity.truth
     axes.set_ylabel(unit_label("value", space.unit), fontsize=8.5)
     legend(axes, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     tidy(axes)
-    held = " and ".join(f"{100 * level:.0f} %" for level in reversed(bands))
-    alt = (
-        f"Posterior mean along {space.dims[0]}"
-        + (f" with intervals of {held}" if held else "")
-        + ", draws and references."
+    words = " and ".join(f"{100 * level:.0f} %" for level in reversed(held))
+    alt = f"{quantity.title}posterior mean along {space.dims[0]}, draws and references" + (
+        f", with intervals of {words}." if held else "."
     )
-    caption = f"Shaded: intervals of {held} from the draws." if held else "Too few draws for intervals."
-    return finish(figure, alt, caption)
+    caption = f"Shaded: intervals of {words} from the draws." if held else f"No intervals: {refusal(ensemble, 0.5)}."
+    return finish(figure, alt, quantity.title + caption, kept(space, data))
 
 
-def uncertainty(evidence: Evidence) -> Picture | None:
+def uncertainty(quantity: Quantity, stations: dict[str, Any] | None = None) -> Picture | None:
     """Standard deviation in data units; with a truth also the error at the same scale, and their ratio.  None for one draw."""
-    ensemble, space = evidence.ensemble, evidence.ensemble.space
+    ensemble, space = quantity.ensemble, quantity.space
     if len(ensemble) < 2:
         return None
-    std, unit = ensemble.std(), bare(space.unit)
-    error = None if evidence.truth is None else ensemble.mean() - evidence.truth
+    std, unit = quantity.seen(ensemble.std()), bare(space.unit)
+    error = None if quantity.truth is None else quantity.seen(ensemble.mean() - quantity.truth)
     parts = [shown(space, std)] + ([] if error is None else [np.abs(shown(space, error))])
     look = Look("viridis", 0.0, max(limits(*parts)[1], 1e-300), unit_label("std", space.unit))
     figure, grid = new_figure(3.1 if error is not None else 3.4, 1, 3 if error is not None else 2)
-    made = draw(grid[0, 0], space, std, look, "posterior std")
+    made = _drawn(grid[0, 0], quantity, std, look, "posterior std")
+    dots = _dots(grid[0, 0], space, stations)
+    finite = parts[0][np.isfinite(parts[0])]
+    median = f"Median std {number(float(np.median(finite)) if finite.size else None)} {unit}".strip() + "."
+    where = " Dots: stations." if dots else ""
     if error is None:
         _histogram(grid[0, 1], parts[0], look)
         if made is not None:
             scale(figure, made, grid[0, :1], look, *parts)
-        note = f"Median std {number(float(np.nanmedian(parts[0])) if np.isfinite(parts[0]).any() else None)} {unit}."
-        alt = "Map of the posterior standard deviation and its histogram over pixels."
-        return finish(figure, alt, f"Where and by how much the draws differ. {note}{slice_note(space)}")
-    look_error = replace(look, label=unit_label("|error|", space.unit))
-    draw(grid[0, 1], space, error.abs(), look_error, "|mean − truth|")
+        alt = f"{quantity.title}map of the posterior standard deviation and its histogram over pixels."
+        caption = f"{quantity.title}Where and by how much the draws differ. {median}{where}{slice_note(space)}"
+        return finish(figure, alt, caption, kept(space, {"std": std}))
     ratio = torch.where(std > 0, error / std, torch.nan)
+    _error_panels(quantity, (grid, made), (error, ratio), look, parts)
+    beyond = shown(space, ratio)
+    beyond = beyond[np.isfinite(beyond)]
+    share = f"{100 * float((np.abs(beyond) > 2).mean()):.1f} %" if beyond.size else "–"
+    caption = (
+        f"{quantity.title}Spread and error at one scale; right: error in units of the spread. {median} |error| exceeds 2 std "
+        f"in {share} of the pixels shown (about 5 % where the spread is right and errors are Gaussian).{where}"
+        f"{slice_note(space)}"
+    )
+    alt = f"{quantity.title}posterior standard deviation, absolute error of the mean, and error divided by std."
+    return finish(figure, alt, caption, kept(space, {"std": std, "error": error, "error over std": ratio}))
+
+
+def _error_panels(
+    quantity: Quantity,
+    drawn: tuple[np.ndarray, Any],
+    values: tuple[Tensor, Tensor],
+    look: Look,
+    parts: list[np.ndarray],
+) -> None:
+    """The absolute error beside the std, and their ratio."""
+    (grid, made), (error, ratio), space = drawn, values, quantity.space
+    _drawn(grid[0, 1], quantity, error.abs(), replace(look, label=unit_label("|error|", space.unit)), "|mean − truth|")
     signed = Look("PuOr", -4.0, 4.0, "error / std")
-    made_ratio = draw(grid[0, 2], space, ratio, signed, "(mean − truth) / std")
+    made_ratio = _drawn(grid[0, 2], quantity, ratio, signed, "(mean − truth) / std")
+    figure = grid[0, 0].get_figure()
     if made is not None:
         both = replace(look, label=unit_label("std and |error|", space.unit))
         scale(figure, made, grid[0, :2], both, *parts)
         scale(figure, made_ratio, grid[0, 2:], signed, shown(space, ratio))
         for axes in grid[0, 1:]:
             axes.set_ylabel("")
-    else:
-        top = 1.05 * max(limits(*parts, share=0.0)[1], 1e-300)
-        grid[0, 0].set_ylim(0, top)
-        grid[0, 1].set_ylim(0, top)
-        for axes in grid[0]:
-            tidy(axes)
-    beyond = shown(space, ratio)
-    beyond = beyond[np.isfinite(beyond)]
-    share = f"{100 * float((np.abs(beyond) > 2).mean()):.1f} %" if beyond.size else "–"
-    caption = (
-        f"Spread and error at one scale; right: error in units of the spread. |error| exceeds 2 std in {share} of the pixels "
-        f"shown (about 5 % where the spread is right and errors are Gaussian).{slice_note(space)}"
-    )
-    return finish(
-        figure, "Posterior standard deviation, absolute error of the mean, and error divided by std.", caption
-    )
+        return
+    top = 1.05 * max(limits(*parts, share=0.0)[1], 1e-300)
+    grid[0, 0].set_ylim(0, top)
+    grid[0, 1].set_ylim(0, top)
+    for axes in grid[0]:
+        tidy(axes)
 
 
-def _histogram(axes: object, values: np.ndarray, look: Look) -> None:
+def _dots(axes: Axes, space: Space, stations: dict[str, Any] | None) -> bool:
+    """Mark the stations on a map of the last two dims; whether there were any."""
+    if not stations or len(space.dims) < 2 or any(d not in stations for d in space.dims[-2:]):
+        return False
+    y, x = (labelled(d, np.asarray(stations[d], dtype=np.float64))[0] for d in space.dims[-2:])
+    if any(space.spacing(d) is None for d in space.dims[-2:]):
+        return False
+    axes.plot(
+        x, y, "o", markersize=3, markerfacecolor="white", markeredgecolor="black", markeredgewidth=0.6, linestyle="none"
+    )
+    return True
+
+
+def _histogram(axes: Axes, values: np.ndarray, look: Look) -> None:
     finite = values[np.isfinite(values)]
-    axes.hist(np.clip(finite, look.low, look.high), bins=40, range=(look.low, look.high), color=BLUE)  # type: ignore[attr-defined]
-    axes.set_xlabel(look.label, fontsize=8.5)  # type: ignore[attr-defined]
-    axes.set_ylabel("pixels", fontsize=8.5)  # type: ignore[attr-defined]
-    axes.set_title("histogram of the std", fontsize=9.5)  # type: ignore[attr-defined]
-    tidy(axes)  # type: ignore[arg-type]
+    axes.hist(np.clip(finite, look.low, look.high), bins=40, range=(look.low, look.high), color=BLUE)
+    labels(axes, look.label, "pixels", "histogram of the std")
+    tidy(axes)
 
 
-def measurement(evidence: Evidence) -> Picture:
-    """What was measured, and what the draws leave unexplained in units of the noise."""
-    space, residual = evidence.range, evidence.fit.residual
-    figure, grid = new_figure(3.3, 1, 2)
-    flat = shown(space, evidence.measurement), shown(space, residual)
-    look = Look("gray", *limits(flat[0], share=0.1), unit_label("measured", space.unit))
-    widest = max(4.0, min(8.0, float(np.ceil(max(abs(v) for v in limits(flat[1], share=0.01))))))
-    signed = Look("PuOr", -widest, widest, "residual / noise std")
-    for axes, values, one, title, part in zip(
-        grid[0],
-        (evidence.measurement, residual),
-        (look, signed),
-        ("measurement", "whitened residual"),
-        flat,
-        strict=True,
-    ):
-        made = draw(axes, space, values, one, title)
-        if made is None:
-            tidy(axes)
-        else:
-            scale(figure, made, axes, one, part)
-    finite = flat[1][np.isfinite(flat[1])]
-    rms = number(float(np.sqrt(np.mean(finite**2))) if finite.size else None)
-    caption = (
-        f"Right: (measurement − prediction) / noise std, averaged over the draws (rms {rms}; the average lies somewhat below 1 "
-        f"when all is well). Streaks, edges or rings there are model error that χ² averages away.{slice_note(space)}"
-    )
-    return finish(figure, "The measurement, and the whitened residual averaged over draws.", caption)
-
-
-def fit(evidence: Evidence) -> Picture:
-    """chi2/m of each draw and along the first dim of the measurement, with what an exact sampler gives."""
-    result = evidence.fit
-    symbol = "χ²/m" if result.statistic == "chi2" else "deviance / expected"
-    figure, grid = new_figure(2.9, 1, 2, width_ratios=(1, 1.4))
-    left, right = grid[0]
-    ratios = result.chi2.numpy() / result.expected if result.expected > 0 else np.full(len(result.chi2), np.nan)
-    left.axhspan(
-        1 - 2 * result.ratio_sd, 1 + 2 * result.ratio_sd, color=GREEN, alpha=0.2, linewidth=0, label="1 ± 2 sd"
-    )
-    left.plot(np.arange(len(ratios)), ratios, "o", color=BLUE, markersize=4, label="draws")
-    below = result.mean_chi2 / result.expected if result.expected > 0 else math.nan
-    left.axhline(below, color=ORANGE, linewidth=1.2, linestyle="--", label="posterior mean (below 1 by design)")
-    left.set(xlabel="draw", ylabel=symbol)
-    left.margins(x=0.05, y=0.15)
-    x, label = positions(evidence.range, result.view_dim)
-    view, sd = result.per_view.numpy(), result.per_view_sd.numpy()
-    if len(x) > 1:
-        right.fill_between(x, 1 - 2 * sd, 1 + 2 * sd, color=GREEN, alpha=0.2, linewidth=0)
-    right.plot(x, view, color=BLUE, linewidth=1, marker="o" if len(x) <= 40 else None, markersize=3)
-    right.set(xlabel=label, ylabel=f"{symbol} along {result.view_dim}")
-    for axes in (left, right):
-        axes.xaxis.label.set_size(8.5)
-        axes.yaxis.label.set_size(8.5)
-        tidy(axes)
-    figure.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, ncols=3, loc="outside upper left")
-    caption = (
-        f"Mean over draws {number(result.ratio, 4)}, expected 1 ± {number(result.ratio_sd, 2)} (sd of one exact draw). "
-        f"The draws share one measurement, so they move together. The posterior mean ({number(below, 4)}) must not be "
-        "judged against 1: it is expected to lie below, because it follows part of the noise."
-    )
-    return finish(
-        figure, f"{symbol} of each draw and along {result.view_dim}, with the expected band around 1.", caption
-    )
-
-
-def split(evidence: Evidence) -> Picture | None:
-    """What the data determined (against the prior's spread) and whether error follows spread; None without either."""
-    ensemble, space, truth = evidence.ensemble, evidence.ensemble.space, evidence.truth
-    prior = evidence.prior_std
-    usable = prior is not None and bool((prior > 0).all())
-    fraction = determined(ensemble, prior.double() ** 2) if prior is not None and usable else None
-    compared = truth is not None and len(ensemble) >= 4 and ensemble.ess > 3 and space.size >= 2 * GROUP
-    if fraction is None and not compared:
+def intervals(quantity: Quantity) -> Picture | None:
+    """Lower and upper ends and width of the widest intervals that the draws allow; with a truth, where it falls outside."""
+    ensemble, space = quantity.ensemble, quantity.space
+    levels = [level for level in (0.9, 0.5) if not refusal(ensemble, level)]
+    if not levels or len(space.dims) == 1:
         return None
-    figure, grid = new_figure(3.3, 1, 2)
-    places = iter(grid[0])
-    alts, captions = [], []
-    if fraction is not None:
-        look = Look("cividis", 0.0, 1.0, "1 − Var(posterior) / Var(prior)")
-        axes = next(places)
-        made = draw(axes, space, fraction, look, "determined by the data")
-        if made is not None:
-            scale(figure, made, axes, look, shown(space, fraction))
-        alts.append("Fraction of the prior's variance that the data removed")
-        captions.append(
-            f"1: the data decided; 0: the prior did (mean {number(float(fraction.mean()))}).{slice_note(space)}"
+    level = levels[0]
+    maps = checked_intervals(ensemble, level)
+    assert maps.low is not None  # refusal was empty
+    assert maps.high is not None
+    low, high = quantity.seen(maps.low), quantity.seen(maps.high)
+    known = quantity.truth is not None
+    figure, grid = new_figure(0.7 + _tall(space) * (WIDTH - 1.8) / (4 if known else 3), 1, 4 if known else 3)
+    shows: dict[str, Tensor | np.ndarray] = {"low": low, "high": high}
+    if quantity.kind == "phase":
+        _phase_intervals(quantity, grid, (low, high), level)
+    else:
+        ends = Look(colours(space), *limits(low, high, share=0.1), unit_label("value", space.unit))
+        draw_intervals(ensemble, grid[0, :3], level, ends)
+    caption = (
+        f"{quantity.title}{100 * level:.0f} % of further exchangeable draws lie between the two ends, for this finite number "
+        f"of draws (order statistics at k/(M+1)). Mean width {number(float((high - low)[_where(quantity)].mean()))} "
+        f"{bare(space.unit)}."
+    )
+    if quantity.truth is not None:
+        hit = _hits(grid[0, 3], quantity, maps.low, maps.high)
+        shows["truth against interval"] = hit
+        seen = hit[np.isfinite(hit)]
+        caption += (
+            f" Right: where the truth lies below (orange) or above (blue) its interval, {100 * float((seen != 0).mean()):.1f} "
+            f"% of the pixels shown; {100 * (1 - level):.0f} % are expected where the spread is right."
         )
-    if truth is not None and compared:
-        axes = next(places)
-        spread, error = reliability(ensemble, truth)
-        top = max(limits(np.array([*spread, *error]), share=0)[1], 1e-300) * 1.08
-        axes.plot([0, top], [0, top], gid=INKED, linewidth=0.8, linestyle=":", label="error = spread")
-        axes.plot(spread, error, "o", color=BLUE, markersize=5, label="groups of pixels by std")
-        axes.set(xlim=(0, top), ylim=(0, top))
-        axes.set_xlabel(unit_label("spread: rms std", space.unit), fontsize=8.5)
-        axes.set_ylabel(unit_label("rms error of the mean", space.unit), fontsize=8.5)
-        axes.set_title("error against spread", fontsize=9.5)
-        legend(axes)
-        tidy(axes)
-        alts.append("rms error against rms std, in groups of pixels")
-        captions.append(
-            "Above the dotted line, errors are larger than the spread says (over-confident); below, over-cautious."
-        )
-    for axes in places:
-        axes.set_axis_off()
-    return finish(figure, "; ".join(alts) + ".", " ".join(captions))
+    for axes in grid[0, 1:]:
+        _inner(axes, left=False, bottom=True)
+    alt = f"{quantity.title}maps of the lower end, upper end and width of the {100 * level:.0f} % intervals."
+    return finish(figure, alt, caption + slice_note(space), kept(space, shows))
+
+
+def _where(quantity: Quantity) -> Any:  # noqa: ANN401  (an index)
+    return ... if quantity.mask is None else quantity.mask
+
+
+def _phase_intervals(quantity: Quantity, grid: np.ndarray, ends: tuple[Tensor, Tensor], level: float) -> None:
+    """Ends as cyclic colours, and the width, where the phase means something."""
+    space = quantity.space
+    cyclic = Look("twilight", -math.pi, math.pi, "phase (rad)")
+    tail = 50 * (1 - level)
+    figure = grid[0, 0].get_figure()
+    for axes, end, name in zip(
+        grid[0], ends, (f"lower end ({tail:g} %)", f"upper end ({100 - tail:g} %)"), strict=False
+    ):
+        made = _drawn(axes, quantity, wrapped(end), cyclic, name)
+    scale(figure, made, grid[0, :2], cyclic)
+    width = shown(space, ends[1] - ends[0])
+    look = Look("viridis", 0.0, max(limits(width)[1], 1e-300), "width (rad)")
+    wide = _drawn(grid[0, 2], quantity, ends[1] - ends[0], look, f"width of the {100 * level:.0f} % interval")
+    scale(figure, wide, grid[0, 2], look, width)
+
+
+def _hits(axes: Axes, quantity: Quantity, low: Tensor, high: Tensor) -> np.ndarray:
+    """Where the truth falls outside: -1 below, 0 inside, 1 above."""
+    from matplotlib.colors import ListedColormap
+
+    truth = quantity.truth
+    assert truth is not None  # the caller looked
+    hit = quantity.seen((truth > high).double() - (truth < low).double())
+    flat = shown(quantity.space, hit)
+    look = Look("PuOr", -1.5, 1.5, "")
+    made = image(axes, quantity.space, flat, look)
+    made.set_cmap(ListedColormap([ORANGE, "#88888830", BLUE]).with_extremes(bad="none"))
+    axes.set_title("truth outside", fontsize=9.5)
+    return flat

@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from recon.report.figures import unit_label
-from recon.report.panels import Look, Picture, finish, image, limits, new_figure, scale
+from recon.plot.canvas import Look, image, limits, scale, unit_label
+from recon.report.panels import Picture, finish, new_figure
 from recon.space import Space
 
 _COLUMNS = 4

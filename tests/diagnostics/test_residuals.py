@@ -159,3 +159,12 @@ def test_bad_input_is_said_in_words():
     assert broken.summary()["p"] is None
     tiny = GaussianLikelihood(MatrixOperator(torch.ones(2, 1).double()), torch.zeros(2).double(), 1.0)
     assert "too few" in whiteness(tiny, Ensemble(torch.ones(2, 1).double(), Space.vector(1))).reason
+
+
+def test_a_list_of_data_is_its_own_groups():
+    like, ensemble = problem(0)
+    flat = GaussianLikelihood(MatrixOperator(torch.tensor(MATRIX)), like.y.flatten(), SIGMA)
+    space = flat.operator.range
+    found = group_fit(flat, ensemble, space.dims[0])
+    r = (flat.y - ensemble.x @ torch.tensor(MATRIX).T) / SIGMA
+    assert torch.allclose(found.ratio, r.square().mean(0), rtol=1e-9)

@@ -27,6 +27,7 @@ from recon.operators import MatrixOperator
 from recon.report import Evidence, panels, write_report
 from recon.report.numbers import numbers
 from recon.report.page import cell, rows
+from recon.report.schema import Report
 from recon.report.verdict import headline, number, verdict
 from recon.space import Space
 
@@ -81,15 +82,25 @@ SPACES = {
 
 @pytest.fixture
 def drafts(monkeypatch):
-    """Figures without layout, coarse and in one theme: a tenth of the time, for tests about what is drawn, not how."""
+    """Figures that are made but not drawn: a tenth of the time, for tests about what the page says."""
+    blank = io.BytesIO()
+    Image.new("L", (1, 1)).save(blank, "png")
+    picture = "data:image/png;base64," + base64.b64encode(blank.getvalue()).decode()
 
-    def draft(figure, alt, caption):
-        figure.set_layout_engine("none")
-        figure.set_dpi(25)
-        picture = panels._encoded(figure, "light")
-        return panels.Picture(picture, picture, alt, caption)
+    def draft(figure, alt, caption, data=None):
+        assert figure.axes
+        return panels.Picture(picture, picture, alt, caption, dict(data or {}))
 
-    monkeypatch.setattr("recon.report.figures.finish", draft)
+    for name in ("figures", "data_figures", "region_figures", "volume_figures"):
+        monkeypatch.setattr(f"recon.report.{name}.finish", draft)
+
+
+@pytest.fixture(autouse=True)
+def _every_report_keeps_its_schema(tmp_path):
+    """Whatever a test wrote is valid under the shipped schema."""
+    yield
+    for path in tmp_path.rglob("report.json"):
+        Report.model_validate_json(path.read_text())
 
 
 def pictures(page: str) -> list[Image.Image]:
@@ -116,12 +127,12 @@ def test_the_page_stands_alone(written):
 def test_every_figure_has_an_alternative_text_a_caption_and_two_themes(written):
     _, page, _ = written
     images = re.findall(r"<img [^>]*>", page)
-    assert len(images) == 5
+    assert len(images) == 7
     for tag in images:
         assert len(re.search(r'alt="([^"]+)"', tag).group(1)) > 20
-    assert page.count("<figcaption>") == page.count('prefers-color-scheme: dark)" srcset') == 5
+    assert page.count("<figcaption>") == page.count('prefers-color-scheme: dark)" srcset') == 7
     loaded = pictures(page)
-    assert len(loaded) == 10
+    assert len(loaded) == 14
     corners = {image.convert("RGB").getpixel((0, 0)) for image in loaded}
     assert corners == {(255, 255, 255), (0x14, 0x17, 0x1A)}
 
@@ -134,7 +145,8 @@ def test_names_from_outside_are_escaped(written):
 def test_sections_come_in_order(written):
     _, page, _ = written
     ids = re.findall(r'<section[^>]* id="(\w+)"', page)
-    assert ids == ["verdict", "result", "against", "data", "fit", "split", "setting", "again", "glossary"]
+    order = ["verdict", "result", "regions", "against", "fit", "split", "sampling", "calibration", "setting", "again"]
+    assert ids == [*order, "glossary"]
     assert {link for link in re.findall(r'href="#(\w+)"', page)} == set(ids)
     for text in (
         "recon resume",
@@ -149,7 +161,10 @@ def test_sections_come_in_order(written):
 def test_report_json_holds_the_recomputed_numbers(written):
     evidence, page, kept = written
     mean, truth = evidence.ensemble.mean(), evidence.truth
-    assert kept["schema"] == "recon.report/1"
+    assert kept["schema"] == "recon.report/2"
+    Report.model_validate(kept)
+    (only,) = kept["quantities"]
+    assert all(only[name] == kept[name] for name in ("images", "gains", "spread"))
     found = kept["images"]["posterior mean"]
     assert found["psnr"] == pytest.approx(float(psnr(mean, truth)))
     assert found["ssim"] == pytest.approx(float(ssim(mean, truth)))
@@ -218,16 +233,17 @@ def test_any_space_gives_a_page(name, known, tmp_path):
     assert pictures(page)
 
 
+@pytest.mark.slow
 def test_one_pixel_survives_the_layout(tmp_path):
-    assert len(pictures(write_report(make(SPACES["one pixel"], draws=5), tmp_path).read_text(encoding="utf-8"))) == 10
+    assert len(pictures(write_report(make(SPACES["one pixel"], draws=5), tmp_path).read_text(encoding="utf-8"))) == 12
 
 
 @pytest.mark.usefixtures("drafts")
 def test_slices_are_named(tmp_path):
     page = write_report(make(SPACES["volume"]), tmp_path).read_text(encoding="utf-8")
     assert "Shown: z 4 mm (number 3 of 4)." in page
-    page = write_report(make(SPACES["channels"]), tmp_path).read_text(encoding="utf-8")
-    assert "Shown: variable u10 (number 2 of 2)." in page
+    page = write_report(make(SPACES["four dims"]), tmp_path).read_text(encoding="utf-8")
+    assert "Shown: t number 2 of 2, z number 2 of 2." in page
 
 
 @pytest.mark.usefixtures("drafts")
@@ -316,6 +332,7 @@ def test_weights_and_ancestors_are_told():
     info = {"distinct": 4}
     weighted = Ensemble(evidence.ensemble.x, GRID, torch.linspace(0, 6, 20), info)
     text = " ".join(s.text for s in verdict(numbers(replace(evidence, ensemble=weighted))))
+    assert f"effective number {number(weighted.ess)} of 20 draws" in text
     assert f"unequally weighted and worth {number(weighted.ess, 2)}" in text
     assert "4 distinct ancestors" in text
 
