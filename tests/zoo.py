@@ -22,6 +22,7 @@ from recon.likelihoods import (
     TransmissionLikelihood,
 )
 from recon.operators import (
+    AxisDifference,
     BeamHardening,
     Blur,
     CartesianMRI,
@@ -46,6 +47,7 @@ from recon.operators import (
     PhaseRetrieval,
     PointSensors,
     Sequence,
+    SliceStack,
     Stack,
     Stations,
     Whitened,
@@ -175,6 +177,20 @@ def dynamic(same_range: bool = True) -> Sequence:
     """Three frames, two of them through one operator."""
     once, again = matrix(), matrix(5 if same_range else 3, step=1)
     return Sequence([once, again, once], times=[0.0, 1.0, 2.5])
+
+
+def slices(kind: str = "one") -> SliceStack:
+    """Three slices of four by three: through one matrix or three, with ranges that agree or do not, fields before the axis."""
+    rows = {"one": (4, 4, 4), "each": (4, 4, 4), "unlike": (4, 5, 4), "fields": (4, 4, 4)}[kind]
+    image = Space.grid((4, 3), 0.5, "K")
+    if kind == "fields":
+        image = Space(("channel", *image.dims), (2, 4, 3), image.coords, "K")
+    made = [MatrixOperator(normal(r, image.size, step=i, dtype=torch.float32), image) for i, r in enumerate(rows)]
+    at = len(image.dims) - 2  # of the axis: in front, or after the fields
+    shape, dims = list(image.shape), list(image.dims)
+    shape.insert(at, 3), dims.insert(at, "z")
+    domain = Space(tuple(dims), tuple(shape), {**image.coords, "z": np.array([0.0, 1.0, 3.0])}, "K")
+    return SliceStack(made[0] if kind in ("one", "fields") else made, domain)
 
 
 def darcy(mean: str = "arithmetic", log: bool = False, boundary: float | None = None) -> PDEResidual:
@@ -335,6 +351,14 @@ LINEAR: dict[str, Callable[[], LinearOperator]] = {
     "sequence": dynamic,
     "sequence_of_unlike_frames": lambda: dynamic(same_range=False),
     "sequence_of_blurs": lambda: Sequence([blurred()] * 2),
+    "slice_stack": slices,
+    "slice_stack_unlike": lambda: slices("unlike"),
+    "slice_stack_of_fields": lambda: slices("fields"),
+    "slice_stack_mri": lambda: SliceStack(
+        [scan((4, 5), 2), scan((4, 5), 2, masked=False)], complex_grid((2, 4, 5), 1e-3)
+    ),
+    "axis_difference": lambda: AxisDifference(slices().domain),
+    "axis_difference_periodic": lambda: AxisDifference(slices("fields").domain, periodic=True),
     "point_sensors": stations,
     "point_sensors_nearest": lambda: stations("nearest"),
     "point_sensors_line": sounding,

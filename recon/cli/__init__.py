@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recon import __version__
+from recon.cli import bench, calibrate
 from recon.cli.processes import carried_out, root, start_logging
 from recon.store import GROUPS
 
@@ -64,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
 
     _prior_commands(commands)
     _selftest_command(commands)
+    _file_options(bench.add(commands), bench.bench_command)
+    _file_options(calibrate.add(commands), calibrate.calibrate_command)
     commands.add_parser("schema", help="print the JSON schema of workflow files").set_defaults(command=schema_command)
     commands.add_parser("doctor", help="say what was found here and what is wrong").set_defaults(command=doctor_command)
     return top
@@ -77,6 +80,12 @@ def _prior_commands(commands: Any) -> None:  # noqa: ANN401  (a private class of
         "--fresh", dest="resume", action="store_false", help="start again instead of from the checkpoint"
     )
     _file_options(train, train_command)
+
+    learn = commands.add_parser("learn", help="learn a prior from measurements alone, as a learn.yaml says")
+    learn.add_argument("file", type=Path, metavar="FILE")
+    learn.add_argument("--out", type=Path, metavar="DIR", help="the prior's folder (that of the file)")
+    learn.add_argument("--fresh", dest="resume", action="store_false", help="start again instead of going on")
+    _file_options(learn, learn_command)
 
     inspect = commands.add_parser("inspect", help="draw from a prior, compare with held-out images, complete its card")
     inspect.add_argument("folder", type=Path, metavar="DIR", help="the prior's folder, with its train.yaml")
@@ -174,6 +183,20 @@ def train_command(arguments: argparse.Namespace) -> None:
     from recon.workflows.train import train
 
     folder = train(
+        arguments.file,
+        arguments.out,
+        resume=arguments.resume,
+        workspace=arguments.workspace,
+        overrides=arguments.overrides,
+    )
+    _say(str(folder))
+
+
+def learn_command(arguments: argparse.Namespace) -> None:
+    """``recon learn``."""
+    from recon.workflows.learn import learn
+
+    folder = learn(
         arguments.file,
         arguments.out,
         resume=arguments.resume,

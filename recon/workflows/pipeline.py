@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recon import comm as ranks
 from recon.comm import Comm
+from recon.datasets.fields import FieldCard
 from recon.diagnostics.fit import data_fit
 from recon.ensemble import Ensemble
 from recon.errors import Diverged, InputError
@@ -21,14 +22,16 @@ from recon.operators.base import LinearOperator
 from recon.operators.fan_beam import FanGeometry
 from recon.operators.parallel_beam import ParallelGeometry
 from recon.operators.planar import PlanarBeam
-from recon.report import Evidence, write_report
+from recon.report import Evidence, affordable_split, examined, write_report
 from recon.runs import Checkpoints, RunFolder
 from recon.samplers import sample
 from recon.samplers.loop import describe
+from recon.workflows.citation import calibration_for, places
 from recon.workflows.comparison import baselines, chosen
 from recon.workflows.problem import Job, prepare
 from recon.workflows.provenance import environment, identity, weights_sha256
 from recon.workflows.schema import Workflow, load_workflow, resolved
+from recon.workflows.start import started
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +51,9 @@ def run(
     workflow = load_workflow(path, overrides, workspace)
     folder = RunFolder(Path(out) if out is not None else Path("runs") / Path(path).stem)
     folder.refuse_existing(overwrite)
-    job = prepare(workflow)
+    job = prepare(workflow, warm=True)
     chosen(workflow, job)  # refuses what the operator cannot have
+    job = started(workflow, job)
     facts = environment(comm)
     comm.draws.barrier()  # nobody looks at the folder any more
     if comm.root:
@@ -57,7 +61,7 @@ def run(
         folder.create(asked, resolved(workflow), facts, overwrite)
         job.measurement.save(folder.measurement)
     comm.draws.barrier()
-    return _carry_out(workflow, job, folder, comm, facts)
+    return _carry_out(workflow, job, folder, comm, facts, workspace)
 
 
 def resume(path: str | Path) -> Path:
@@ -68,7 +72,7 @@ def resume(path: str | Path) -> Path:
         return folder.path
     comm = ranks.from_environment()
     workflow = load_workflow(folder.config)
-    return _carry_out(workflow, prepare(workflow), folder, comm, environment(comm))
+    return _carry_out(workflow, started(workflow, prepare(workflow, warm=True)), folder, comm, environment(comm))
 
 
 def check(path: str | Path, overrides: Iterable[str] = (), workspace: str | Path | None = None) -> str:
@@ -76,7 +80,7 @@ def check(path: str | Path, overrides: Iterable[str] = (), workspace: str | Path
     from recon.workflows.forecast import forecast
 
     workflow = load_workflow(path, overrides, workspace)
-    return forecast(workflow, prepare(workflow), ranks.from_environment())
+    return forecast(workflow, started(workflow, prepare(workflow, warm=True)), ranks.from_environment())
 
 
 def report(path: str | Path) -> Path:
@@ -88,7 +92,14 @@ def report(path: str | Path) -> Path:
     return write_report(Evidence.load(folder.path), folder.path)
 
 
-def _carry_out(workflow: Workflow, job: Job, folder: RunFolder, comm: Comm, facts: dict[str, Any]) -> Path:
+def _carry_out(
+    workflow: Workflow,
+    job: Job,
+    folder: RunFolder,
+    comm: Comm,
+    facts: dict[str, Any],
+    workspace: str | Path | None = None,
+) -> Path:
     """Sample, compare, explain; only rank 0 writes what is not a checkpoint."""
     checkpoints = Checkpoints(folder.checkpoints, comm, identity(workflow, job), workflow.checkpoint_every)
     log.info("%s: %d draws with %s", folder.path, workflow.draws, type(job.sampler).__name__)
@@ -104,7 +115,8 @@ def _carry_out(workflow: Workflow, job: Job, folder: RunFolder, comm: Comm, fact
             ensemble, failed = error.ensemble, [str(error)]
             job.warnings.extend(failed)
     if comm.root:
-        evidence = _evidence(workflow, job, ensemble, {**facts, "identity": checkpoints.identity})
+        known = calibration_for(workflow, job, places(folder.path, workspace), len(ensemble))
+        evidence = _evidence(workflow, job, ensemble, {**facts, "identity": checkpoints.identity}, known)
         ensemble.save(folder.ensemble, evidence.facts["provenance"])
         evidence.save(folder.path)
         write_report(evidence, folder.path)
@@ -114,7 +126,9 @@ def _carry_out(workflow: Workflow, job: Job, folder: RunFolder, comm: Comm, fact
     return folder.path
 
 
-def _evidence(workflow: Workflow, job: Job, ensemble: Ensemble, facts: dict[str, Any]) -> Evidence:
+def _evidence(
+    workflow: Workflow, job: Job, ensemble: Ensemble, facts: dict[str, Any], calibration: dict[str, Any]
+) -> Evidence:
     log.info("comparing with the data and with %s", ", ".join(chosen(workflow, job)) or "nothing else")
     m, card = job.measurement, job.prior.card
     others, missing = baselines(workflow, job)
@@ -126,11 +140,14 @@ def _evidence(workflow: Workflow, job: Job, ensemble: Ensemble, facts: dict[str,
         "data": job.notes.get("data", ""),
         "sampler": {"name": type(job.sampler).__name__, **sampler},
         "prior": {"name": card.name, "summary": card.summary, "sha256": weights_sha256(job), **dict(card.facts)},
+        "calibration": calibration,
         "cost": dict(ensemble.info["cost"]),
         "provenance": {**facts, "seed": workflow.seed, "draws": workflow.draws, "block": ensemble.info["block"]},
         "warnings": [*job.warnings, *missing],
     }
     fit, measured, space = data_fit(job.posterior.likelihood, ensemble), _shown(job), job.operator.range
+    about |= examined(job.posterior.likelihood, ensemble, fit, _units(workflow))
+    split, about["split"] = affordable_split(job.posterior.likelihood, job.prior, ensemble)
     if space.complex:  # the page shows magnitudes
         space = dataclasses.replace(space, complex=False)
         fit = dataclasses.replace(fit, residual=fit.residual.abs() / math.sqrt(2))
@@ -143,7 +160,14 @@ def _evidence(workflow: Workflow, job: Job, ensemble: Ensemble, facts: dict[str,
         baselines=others,
         facts=about,
         prior_std=_prior_std(job),
+        split=split,
     )
+
+
+def _units(workflow: Workflow) -> dict[str, str]:
+    """The unit of each variable, where the data set states them."""
+    card = workflow.problem.dataset
+    return dict(zip(card.variables, card.units, strict=True)) if isinstance(card, FieldCard) else {}
 
 
 def _prior_std(job: Job) -> Tensor | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,11 +26,15 @@ from recon.operators.parallel_beam import ParallelBeam
 from recon.operators.planar import PlanarBeam
 from recon.operators.point_sensors import PointSensors
 from recon.posterior import Posterior
-from recon.priors import Prior, load_prior
+from recon.priors import Prior
+from recon.priors.conditional import ConditionalNetworkPrior, LowResolution, TimeOfYear
+from recon.priors.wrapped import sigma_data_of
 from recon.samplers import Sampler
 from recon.space import Space
 from recon.workflows.operators import build, parallel_geometry
-from recon.workflows.schema import Noise, Workflow
+from recon.workflows.prior_section import Asked
+from recon.workflows.priors import Target, finished, opened, target
+from recon.workflows.schema import Noise, Problem, Workflow
 
 AVERAGING = (PointSensors, CoarseGrain, Masked)
 """Operators whose data are means of the field, in its own units."""
@@ -56,10 +62,18 @@ class Job:
         return self.posterior.prior
 
 
-def prepare(workflow: Workflow) -> Job:
-    """The job of a looked-up workflow.  Raises InputError when its parts do not fit each other; no network is evaluated."""
-    prior = load_prior(workflow.prior)
-    problem = workflow.problem
+def prepare(workflow: Workflow, warm: bool = False) -> Job:
+    """The job of a looked-up workflow.  Raises InputError when its parts do not fit each other.
+
+    No network is evaluated, but where ``prior.compute`` asks for a precision or a compiler whose accuracy has to be measured.
+    Its sampler begins in pure noise.  warm: whoever asks gives it the workflow's ``start`` afterwards (``start.started``);
+    all others are refused a workflow that has one.
+    """
+    if workflow.start is not None and not warm:
+        raise InputError(
+            "this command samples from pure noise and would pass over start; leave it out with --set start=null"
+        )
+    bare, problem = opened(workflow.prior), workflow.problem
     notes: dict[str, str] = {}
     if problem.measurement is not None:
         scan = read_measurement(Path(problem.measurement))
@@ -67,17 +81,34 @@ def prepare(workflow: Workflow) -> Job:
         operator: LinearOperator = scan.operator()
         measurement: Measurement | Observation = scan
         notes["data"] = f"measured: {Path(problem.measurement).name}"
+        prior = finished(workflow.prior, bare, scan.image, lambda name: _condition(name, bare, None, None))
     else:
-        truth, image, notes["data"] = _truth(problem.dataset, problem.index, prior)
-        operator = build(problem.operator, image)
+        truth, image, notes["data"] = _truth(problem.dataset, problem.index, target(workflow.prior, bare))
+        operator = build(problem.operator, image, ~truth.isnan())
+        prior = finished(workflow.prior, bare, image, lambda name: _condition(name, bare, truth, problem))
         assert problem.noise is not None  # the schema asks for it beside a dataset
         measurement = simulate(operator, truth, problem.noise, workflow.seed, prior)
         notes["data"] += "; simulated with the operator that reconstructs (same grid), so model error is absent"
-    likelihood = _likelihood(measurement, operator, workflow.likelihood)
+    likelihood = likelihood_of(measurement, operator, workflow.likelihood)
     sampler = workflow.sampler.build()
     posterior = Posterior(prior, likelihood)
     sampler.check(posterior)
-    return Job(posterior, sampler, measurement, operator, notes, _scope(prior, image=measurement.image))
+    warnings = [*_scope(prior, image=measurement.image), *_doubts(workflow.prior)]
+    return Job(posterior, sampler, measurement, operator, notes, warnings)
+
+
+def _doubts(asked: Asked) -> list[str]:
+    """What a reader must know of a prior that is no longer the one that was trained."""
+    if isinstance(asked, str):
+        return []
+    said = []
+    if asked.sum is not None:
+        said.append("the prior is a sum of scores, the score of no distribution: the draws' spread is not a posterior's")
+    if asked.tile is not None:
+        said.append("the prior sees the field in windows: structures longer than one come out as far as neighbours agree")
+    if asked.slices is not None:
+        said.append("the prior takes slices to be independent: what holds neighbours together comes from the data alone")
+    return said
 
 
 def _require_same_scan(definition: Any, measurement: Measurement, file: str) -> None:  # noqa: ANN401
@@ -92,23 +123,29 @@ def _require_same_scan(definition: Any, measurement: Measurement, file: str) -> 
 
 
 def simulate(
-    operator: LinearOperator, truth: Tensor, noise: Noise, seed: int, prior: Prior
+    operator: LinearOperator, truth: Tensor, noise: Noise, seed: int, prior: Prior | None
 ) -> Measurement | Observation:
     """A measurement of ``truth`` with keyed noise: counts, or Gaussian of a given or relative standard deviation.
 
-    Raises InputError for noise that the operator's data cannot have.
+    truth: NaN where it is unknown (land), which no datum may depend on.  prior: noise as a spread is a share of its own.
+    Raises InputError for noise that the operator's data cannot have, and data that would depend on unknown values.
     """
     kind = torch.complex64 if operator.range.complex else torch.float32
     normal = Draws(seed, [0]).normal(0, operator.range.shape, "data", dtype=kind)
+    known, full = ~truth.isnan(), truth
+    if not bool(known.all()):
+        if bool((operator.A((~known).to(truth.dtype)[None]) != 0).any()):
+            raise InputError(f"{type(operator).__name__} would observe values of the truth that are unknown (land, gaps)")
+        full = torch.where(known, truth, truth[known].mean())  # which value is all the same
     if noise.counts is not None:
         if not isinstance(operator, PlanarBeam):
             raise InputError(
                 f"counts are photons; data of {type(operator).__name__} have noise of sigma, relative or spread"
             )
         model = TransmissionLikelihood(operator, torch.zeros(operator.range.shape), noise.counts)
-        counts = model.simulate(truth[None], normal)[0]
+        counts = model.simulate(full[None], normal)[0]
         return _measured(operator, counts, truth, blank=model.blank, background=model.background)
-    clean = operator.A(truth[None])
+    clean = operator.A(full[None])
     sigma = _sigma(operator, clean, noise, prior)
     noisy = clean + sigma * normal
     sampled = getattr(operator, "sampled", None)  # k-space that was not measured stays zero
@@ -129,15 +166,15 @@ def _measured(
     return Observation(operator.range, operator.domain, values, sigma, blank, background, truth)
 
 
-def _sigma(operator: LinearOperator, clean: Tensor, noise: Noise, prior: Prior) -> Tensor:
+def _sigma(operator: LinearOperator, clean: Tensor, noise: Noise, prior: Prior | None) -> Tensor:
     """Standard deviation of the data: (), or one per datum with ``spread``."""
     if noise.spread is not None:
-        if not isinstance(operator, AVERAGING):
+        if prior is None or not isinstance(operator, AVERAGING):
             raise InputError(
                 "noise as a spread is a share of the prior's standard deviation, for operators that average the field "
                 f"(stations, coarse_grain, masked); {type(operator).__name__} takes sigma or relative"
             )
-        size = (prior.scale.abs() * float(getattr(prior, "sigma_data", 1.0))).float()
+        size = (prior.scale.abs() * (sigma_data_of(prior) or 1.0)).float()  # closed forms have latents of spread 1
         return noise.spread * operator.A(size.expand(operator.domain.shape)[None].contiguous())[0]
     measured = clean.abs()
     seen = measured[measured > 0] if clean.is_complex() else measured  # zeros of k-space were not measured
@@ -148,7 +185,8 @@ def _sigma(operator: LinearOperator, clean: Tensor, noise: Noise, prior: Prior) 
     return torch.tensor(sigma)
 
 
-def _likelihood(measurement: Measurement | Observation, operator: LinearOperator, kind: str) -> Likelihood:
+def likelihood_of(measurement: Measurement | Observation, operator: LinearOperator, kind: str) -> Likelihood:
+    """Of what was measured; kind: "gaussian", or "transmission" of photon counts.  Raises InputError for that of other data."""
     m = measurement
     if m.blank is None or m.background is None:
         if kind == "transmission":
@@ -159,8 +197,11 @@ def _likelihood(measurement: Measurement | Observation, operator: LinearOperator
     return counts if kind == "transmission" else counts.gaussian()
 
 
-def _truth(definition: Any, index: int, prior: Prior) -> tuple[Tensor, Space, str]:  # noqa: ANN401
-    """One image on the prior's grid, its space, and where it comes from."""
+def _truth(definition: Any, index: int, prior: Prior | Target) -> tuple[Tensor, Space, str]:  # noqa: ANN401
+    """One image, or a stack of slices from ``index`` on, on the prior's grid; its space, and where it comes from.
+
+    NaN where the truth is unknown and the card of the prior says what stood there in training (``fill``).
+    """
     if isinstance(definition, FieldCard):
         return _field(definition, index, prior)
     if isinstance(definition, SliceCard):
@@ -171,11 +212,15 @@ def _truth(definition: Any, index: int, prior: Prior) -> tuple[Tensor, Space, st
         where = (
             f"{definition.name or definition.file} ({definition.licence})" if definition.licence else definition.file
         )
-    if index >= len(slices):
-        raise InputError(f"problem.index is {index}; {slices.name} has {len(slices)} slices, numbered from 0")
-    one = Slices(slices.name, slices.mu[index : index + 1], None, slices.pixel[index : index + 1])
+    *stack, ny, nx = prior.space.shape
+    count, wanted = math.prod(stack), (ny, nx)
+    if index + count > len(slices):
+        more = f", {count} of them are asked for" if count > 1 else ""
+        raise InputError(f"problem.index is {index}; {slices.name} has {len(slices)} slices, numbered from 0{more}")
+    one = Slices(slices.name, slices.mu[index : index + count], None, slices.pixel[index : index + count])
+    if count > 1:
+        where += f" and the {count - 1} after it"
     rows, columns = one.mu.shape[1:]
-    wanted = (prior.space.shape[0], prior.space.shape[1])
     if (rows, columns) != wanted:
         factor = rows // wanted[0]
         if (rows, columns) != (wanted[0] * factor, wanted[1] * factor):
@@ -185,10 +230,14 @@ def _truth(definition: Any, index: int, prior: Prior) -> tuple[Tensor, Space, st
             )
         one = one.coarsened(factor)
         where += f", averaged {factor} x {factor}"
-    return torch.from_numpy(one.mu[0].copy()), Space.grid(wanted, float(one.pixel[0]), "1/m"), where
+    if np.ptp(one.pixel) > 1e-6 * one.pixel[0]:
+        raise InputError(f"{where} have pixels of different sizes; a volume has one")
+    plane = Space.grid(wanted, float(one.pixel[0]), "1/m")
+    image = Space((*prior.space.dims[:-2], *plane.dims), prior.space.shape, plane.coords, plane.unit)
+    return torch.from_numpy(one.mu.copy()).reshape(image.shape), image, where
 
 
-def _field(card: FieldCard, index: int, prior: Prior) -> tuple[Tensor, Space, str]:
+def _field(card: FieldCard, index: int, prior: Prior | Target) -> tuple[Tensor, Space, str]:
     """One held-out field; a magnitude gets the smooth phase of a complex prior's training images."""
     fields = load_fields(card, "test")
     if index >= len(fields):
@@ -209,12 +258,33 @@ def _field(card: FieldCard, index: int, prior: Prior) -> tuple[Tensor, Space, st
     one = one.coarsened(factor)
     values, known = FieldSampler(FieldSampling(dataset=card.name, phase=phase), one, index).batch(0, 1)
     space = image_space(one, phase is not None)
-    if not bool(known.bool().all()):
+    unknown = int((known == 0).sum())
+    if unknown and prior.card.facts.get("fill") is None:
         raise InputError(
-            f"field {index} of {card.name} has {int((known == 0).sum())} unknown values (land, gaps); a truth to simulate from "
-            "must be known everywhere"
+            f"field {index} of {card.name} has {unknown} unknown values (land, gaps); a truth to simulate from must be known "
+            "everywhere, but for a prior whose card says what stood there in training (fill)"
         )
-    return values.reshape(space.shape), space, where
+    if unknown:
+        where += f"; {unknown} unknown values (land) are neither observed nor scored"
+    return torch.where(known > 0, values, torch.nan).reshape(space.shape), space, where
+
+
+def _condition(name: str, prior: Prior, truth: Tensor | None, problem: Problem | None) -> Tensor:
+    """The value of a condition for the truth that is simulated from."""
+    if truth is None or problem is None:
+        raise InputError(f"{name}: a measurement has no truth to take it from")
+    if not isinstance(prior, ConditionalNetworkPrior):
+        raise InputError(f"{name}: give {prior.card.name!r} a value; only networks are told of the truth")
+    kind = next((one for one in prior.inputs.inputs if one.name == name), None)
+    if isinstance(kind, LowResolution):
+        planes, known = truth.reshape(1, -1, *truth.shape[-2:]), ~truth.isnan().reshape(1, -1, *truth.shape[-2:])
+        fill = float(prior.card.facts.get("fill") or 0.0)
+        return kind.means(planes.nan_to_num(fill), known.to(planes.dtype)).reshape(prior.conditions[name].shape)
+    if isinstance(kind, TimeOfYear) and isinstance(problem.dataset, FieldCard):
+        days = load_fields(problem.dataset, "test").days
+        if days is not None and np.isfinite(days[problem.index]):
+            return torch.tensor([days[problem.index]], dtype=torch.float64)
+    raise InputError(f"{name}: the truth does not say it; give a value")
 
 
 def _dicom_path(definition: Any) -> Path:  # noqa: ANN401

@@ -10,8 +10,10 @@
     sampler: {method: mmps, steps: 100}
     draws: 16
     seed: 0
+    start: {baseline: tv, sigma: 0.3}   # optional: begin at a reconstruction, not in pure noise
 
-An operator, data set or prior is a name (`recon list`), a path, or, but for priors, the definition itself.  A path in a file is
+An operator, data set or prior is a name (`recon list`), a path, or the definition itself; that of a prior says how it is
+computed, what it is told and which field it is laid over (``prior_section``).  A path in a file is
 relative to that file; one given with ``--set`` is relative to the current folder.  Loading looks every reference up, so a
 ``Workflow`` holds definitions, not names, and what ``resolved`` writes runs the same anywhere on this machine.
 """
@@ -23,12 +25,14 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, create_model, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, create_model, field_validator, model_validator
 
 from recon.errors import InputError
 from recon.store import find
 from recon.workflows.definitions import DatasetDefinition, OperatorDefinition, read_definition
 from recon.workflows.fields import Items, Positive, Section, Whole, reference
+from recon.workflows.prior_section import PriorSection
+from recon.workflows.priors import located
 from recon.workflows.problems import validated
 from recon.workflows.sections import Made, sampler_section
 from recon.workflows.source import KeyPath, Source, dotted, read_source, to_yaml
@@ -60,8 +64,8 @@ class Noise(Section):
 class Problem(Section):
     """What was measured: a measurement file, or a truth from a data set seen through an operator with noise.
 
-    index: which slice of the data set.  operator: needed with a data set; with a measurement only when its file does not
-    state the geometry.
+    index: which image of the data set, or the first of the slices that ``prior.slices`` stacks.  operator: needed with a data
+    set; with a measurement only when its file does not state the geometry.
     """
 
     dataset: reference(DatasetDefinition, "datasets") | None = None  # type: ignore[valid-type]
@@ -85,10 +89,43 @@ class Problem(Section):
         return self
 
 
+class Start(Section):
+    """Where draws begin when not in pure noise: ``encode(x) + sigma n`` with ``x`` one of three.
+
+    baseline: a conventional reconstruction, its weight chosen by the data alone.  run: a finished run of the same grid and
+    unit, its mean; draws: each of its draws in place of the mean.  file: a .npy array in the prior's physical unit.  sigma: the
+    level, in units of the prior's latent; some three times the larger of posterior width and error of ``x``.  All steps of the
+    sampler lie below it.
+    """
+
+    baseline: Baseline | None = None
+    run: Annotated[str, Field(min_length=1)] | None = None
+    draws: bool = False
+    file: Annotated[str, Field(min_length=1)] | None = None
+    sigma: Positive
+
+    @field_validator("file")
+    @classmethod
+    def _known_format(cls, file: str | None) -> str | None:
+        if file is not None and not file.endswith(".npy"):
+            raise ValueError(f"expected a .npy file; got {file!r}")
+        return file
+
+    @model_validator(mode="after")
+    def _one(self) -> Start:
+        given = [name for name in ("baseline", "run", "file") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of baseline, run, file; got {', '.join(given) or 'none'}")
+        if self.draws and self.run is None:
+            raise ValueError("draws are those of a run; a baseline or a file is one image for all")
+        return self
+
+
 class Workflow(Section):
     """A whole workflow file.
 
     summary: one line for `recon list`.  likelihood: of the post-log data (gaussian) or of the photon counts (transmission).
+    start: where the draws begin; null is pure noise.
     draws: how many.  seed: of all random numbers.  block: draws that are computed together; null leaves it to recon.
     baselines: conventional reconstructions for comparison; null is those that suit the operator.  checkpoint_every: seconds
     between checkpoints.
@@ -97,13 +134,31 @@ class Workflow(Section):
     summary: str = ""
     problem: Problem
     likelihood: Literal["gaussian", "transmission"] = "gaussian"
-    prior: str = Field(min_length=1)
+    prior: reference(PriorSection, "priors")  # type: ignore[valid-type]
     sampler: Made
+    start: Start | None = None
     draws: Whole = Field(default=16, ge=1, le=2**32)
     seed: Whole = Field(default=0, ge=0, lt=2**64)
     block: Whole | None = Field(default=None, ge=1)
     baselines: Annotated[tuple[Baseline, ...], Items] | None = None
     checkpoint_every: Positive = 60.0
+
+    @field_validator("start")
+    @classmethod
+    def _startable(cls, start: Start | None, info: ValidationInfo) -> Start | None:
+        from recon.samplers.warm import why_not
+
+        sampler = info.data.get("sampler")  # missing when it was wrong itself
+        if start is None or sampler is None:
+            return start
+        reason = why_not(sampler.makes)
+        if reason:
+            raise ValueError(f"{sampler.makes.__name__} cannot start in the middle: {reason}")
+        if sampler.sigma_max is not None:
+            raise ValueError("the walk begins at start.sigma; leave sampler.sigma_max out")
+        if sampler.sigma_min is not None and sampler.sigma_min >= start.sigma:
+            raise ValueError(f"start.sigma {start.sigma:g} lies below sampler.sigma_min {sampler.sigma_min:g}")
+        return start
 
     @model_validator(mode="after")
     def _fits(self) -> Workflow:
@@ -150,8 +205,8 @@ def looked_up(workflow: Workflow, source: Source, workspace: str | Path | None =
         if not isinstance(value, str):
             return value
         try:
-            found = find(group, _anchored(value, path, source), workspace).resolve()
-            return str(found) if group == "priors" else read_definition(group, found)
+            there = find(group, anchored(value, path, source), workspace).resolve()
+            return str(there) if group == "priors" else read_definition(group, there)
         except InputError as error:
             wrong.append(f"{source.where(path)}: {dotted(path)}: {error}")
             return value
@@ -161,16 +216,38 @@ def looked_up(workflow: Workflow, source: Source, workspace: str | Path | None =
         "dataset": at(("problem", "dataset"), problem.dataset, "datasets"),
         "operator": at(("problem", "operator"), problem.operator, "operators"),
     }
-    prior = at(("prior",), workflow.prior, "priors")
+    prior = located(
+        workflow.prior, lambda path, name: at(path, name, "priors"), lambda path, name: _file(path, name, source, wrong)
+    )
     if problem.measurement is not None:
-        here: KeyPath = ("problem", "measurement")
-        file = Path(_anchored(problem.measurement, here, source, always=True)).resolve()
-        changes["measurement"] = str(file)
-        if not file.is_file():
-            wrong.append(f"{source.where(here)}: {dotted(here)}: there is no file {file}")
+        changes["measurement"] = _file(("problem", "measurement"), problem.measurement, source, wrong)
+    start = _start_found(workflow.start, source, wrong)
     if wrong:
         raise InputError("\n".join(wrong))
-    return workflow.model_copy(update={"problem": problem.model_copy(update=changes), "prior": prior})
+    found = {"problem": problem.model_copy(update=changes), "prior": prior, "start": start}
+    return workflow.model_copy(update=found)
+
+
+def _file(place: KeyPath, value: str, source: Source, wrong: list[str]) -> str:
+    """The absolute path of a file (of a diffusers checkpoint: a folder); what leads nowhere is added to ``wrong``."""
+    file = Path(anchored(value, place, source, always=True)).resolve()
+    if not (file.is_file() or (place[0] == "prior" and file.is_dir())):
+        wrong.append(f"{source.where(place)}: {dotted(place)}: there is no file {file}")
+    return str(file)
+
+
+def _start_found(start: Start | None, source: Source, wrong: list[str]) -> Start | None:
+    """``start`` with absolute paths; what leads nowhere is added to ``wrong``."""
+    key = None if start is None else next((k for k in ("run", "file") if getattr(start, k) is not None), None)
+    if start is None or key is None:
+        return start
+    here: KeyPath = ("start", key)
+    path = Path(anchored(getattr(start, key), here, source, always=True)).resolve()
+    there = path / "ensemble.nc" if key == "run" else path
+    if not there.is_file():
+        missing = f"there is no finished run in {path}" if key == "run" else f"there is no file {path}"
+        wrong.append(f"{source.where(here)}: {dotted(here)}: {missing}")
+    return start.model_copy(update={key: str(path)})
 
 
 def resolved(workflow: Workflow) -> str:
@@ -183,7 +260,7 @@ def json_schema() -> dict[str, Any]:
     return workflow_model().model_json_schema()
 
 
-def _anchored(value: str, path: KeyPath, source: Source, always: bool = False) -> str:
+def anchored(value: str, path: KeyPath, source: Source, always: bool = False) -> str:
     """``value`` as it is when it is a name or absolute, else the path it means."""
     is_path = always or "/" in value or value.endswith((".yaml", ".yml"))
     place = source.places.get(path)
