@@ -89,6 +89,7 @@ def alone(*modules: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # a process for each of some 280 modules
 def test_each_module_imports_on_its_own() -> None:
     assert len(MODULES) > 20
     assert sorted(MODULES) == MODULES  # a package's name is shorter than those inside

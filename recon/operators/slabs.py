@@ -188,6 +188,7 @@ class AxisDifference(LinearOperator):
         # 1/h of the pair below this rank's first slice, then of its own pairs; float64, as coordinates are.
         places = [(slab.first - 1 + k) % slab.slices for k in range(slab.last - slab.first + 1)]
         self.inverse = tuple(float(inverse[k]) for k in places)
+        self.register_buffer("kind", torch.zeros(()), persistent=False)  # follows ``to``: type and place of the operator
 
     def apply(self, x: Tensor) -> Tensor:
         _, above = self.slab.neighbours(x, below=False, periodic=self.periodic)

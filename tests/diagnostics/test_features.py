@@ -33,7 +33,9 @@ def measured(truth, rng, sigma=SIGMA):
 
 
 @pytest.mark.parametrize("background", [0.0, 0.3])
-@pytest.mark.parametrize("present", [0.0, 1.0, 0.5])
+@pytest.mark.parametrize(
+    "present", [pytest.param(0.0, marks=pytest.mark.slow), 1.0, pytest.param(0.5, marks=pytest.mark.slow)]
+)
 def test_z_has_its_law(background, present):
     rng = np.random.default_rng(1)
     found = []

@@ -62,6 +62,7 @@ def complex_problem(d: int = 5, m: int = 3) -> recon.Posterior:
     return recon.Posterior(prior, GaussianLikelihood(MatrixOperator(torch.complex(parts[0], parts[1])), y, 0.3))
 
 
+@pytest.mark.slow
 def test_mmps_draws_from_the_posterior_of_complex_data() -> None:
     posterior, draws = complex_problem(), 4000
     sampler = MMPS(steps=400, grid=LogLinear(), cg=CG(iterations=8, tolerance=1e-8))

@@ -75,9 +75,10 @@ def test_what_does_not_fit_is_refused(lab, capsys):
 
 
 def test_a_file_without_one_keeps_its_name(lab):
-    """Checkpoints of before there were autoencoders go on."""
+    """Checkpoints of before there were autoencoders and Wiener starts go on."""
     plain = read_train_file(write(lab))
     told = plain.model_dump(mode="json", include={"normalisation", "schedule", "architecture", "cuts", "fields"})
+    assert not told["architecture"].pop("wiener")
     assert plain.identity == hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     other = {**LATENT, "autoencoder": {**LATENT["autoencoder"], "fidelity": 0.5}}
     assert read_train_file(write(lab, **LATENT)).identity != read_train_file(write(lab, **other)).identity
