@@ -83,7 +83,7 @@ def test_more_processes_than_chunks_are_refused():
 
 @needs_mpi
 @pytest.mark.mpi
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_change_no_bit(alone, tmp_path, size):
     """Of a sum of gradients, for every number of chunks, and of a whole run."""
     called(tmp_path, 1e9, size=size)

@@ -179,6 +179,7 @@ def test_a_workflow_names_twist_and_guide() -> None:
         assert section.validate_python({"method": name}).build() == ALL[name]()
 
 
+@pytest.mark.slow
 def test_the_evidence_has_an_honest_error() -> None:
     """Of 50 runs, those beyond three reported errors: 0.27 % each by chance; the limit's false alarm is the suite's."""
     posterior = mixture()
