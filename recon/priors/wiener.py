@@ -77,5 +77,4 @@ class WienerSkip(nn.Module):
         """``W`` of ``z`` (n, fields, ny, nx) at levels (n, 1, 1, 1), and ``e`` (n, 1, 1, 1)."""
         spectrum, square = self.log_spectrum.exp(), level.square()
         gain = spectrum / (spectrum + square)
-        linear = self.mean + torch.fft.ifft2(gain * torch.fft.fft2(z - self.mean)).real
-        return linear, (gain.mean((1, 2, 3), keepdim=True) * square).sqrt()
+        return Wiener(self.mean, spectrum)(z, level), (gain.mean((1, 2, 3), keepdim=True) * square).sqrt()

@@ -13,6 +13,7 @@ and rescaled by ``1000 / steps``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,6 +26,8 @@ from recon.posterior import Posterior
 from recon.samplers.base import Claim, GuidedSampler
 from recon.samplers.requirements import require_gaussian
 from recon.samplers.transitions import Ancestral
+
+Form = Literal["bayes", "norm"]
 
 
 @dataclass(frozen=True)
@@ -41,37 +44,61 @@ class DPS(GuidedSampler):
     )
 
     steps: int = 1000
-    form: Literal["bayes", "norm"] = "bayes"
+    form: Form = "bayes"
     weight: float = 1.0
 
     def check(self, posterior: Posterior) -> None:
         super().check(posterior)
         if self.form not in ("bayes", "norm") or not self.weight > 0:
             raise InputError(f"DPS takes form 'bayes' or 'norm' and weight > 0; got {self.form!r} and {self.weight}")
-        if self.form == "norm":
-            require_gaussian(posterior, "DPS(form='norm')")
-            if not isinstance(self.transition, Ancestral):
-                raise InputError(
-                    "DPS(form='norm') is defined for the Ancestral transition; use form='bayes' with others"
-                )
+        require_form(posterior, self, self.form)
 
     def guide(self, posterior: Posterior, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
-        prior, likelihood = posterior.prior, posterior.likelihood
-        for what in ("denoiser", "vjp", "forward", "adjoint"):
-            posterior.count(what, len(z))
-        with torch.enable_grad():
-            point = z.detach().requires_grad_()
-            denoised = prior.denoise(point, sigma)
-            x = prior.decode(denoised)
-            if self.form == "bayes":
-                value = likelihood.log_prob(x)
-            else:
-                residual = require_gaussian(posterior, "DPS").residual(x)
-                value = -dot(residual, residual).sqrt()
-            (gradient,) = torch.autograd.grad(value.sum(), point)
-        if self.form == "bayes":
-            return denoised.detach() + self.weight * sigma**2 * gradient
-        scales = math.sqrt((1 + sigma**2) * (1 + sigma_next**2))
-        # The ancestral step moves by tau (D_y - z): divide so that the displacement is the published one.
-        tau = 1 - (sigma_next / sigma) ** 2
-        return denoised.detach() + self.weight * 1000 / self.steps * scales / tau * gradient
+        return pulled(posterior, z, (sigma, sigma_next), self.form, self.weight, self.steps)
+
+
+def require_form(posterior: Posterior, sampler: GuidedSampler, form: str) -> None:
+    """InputError where the form "norm" cannot be had: without Gaussian noise, or with another transition than its own."""
+    if form == "norm":
+        user = f"{type(sampler).__name__}(form='norm')"
+        require_gaussian(posterior, user)
+        if not isinstance(sampler.transition, Ancestral):
+            raise InputError(f"{user} is defined for the Ancestral transition; use form='bayes' with others")
+
+
+def pulled(
+    posterior: Posterior,
+    z: Tensor,
+    levels: tuple[float, float],
+    form: Form,
+    weight: float,
+    steps: int,
+    more: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """``D_y`` of the module docstring at ``levels`` (sigma, that after it).
+
+    more: of D and x(D), (n,), taken from the log-likelihood (or minus the norm) before it is differentiated.
+    """
+    prior, likelihood = posterior.prior, posterior.likelihood
+    posterior.count("denoiser", len(z))
+    posterior.count("vjp", len(z))
+    posterior.count_normal(len(z))
+    sigma, sigma_next = levels
+    with torch.enable_grad():
+        point = z.detach().requires_grad_()
+        denoised = prior.denoise(point, sigma)
+        x = prior.decode(denoised)
+        if form == "bayes":
+            value = likelihood.log_prob(x)
+        else:
+            residual = likelihood.gaussian().residual(x)
+            value = -dot(residual, residual).sqrt()
+        if more is not None:
+            value = value - more(denoised, x)
+        (gradient,) = torch.autograd.grad(value.sum(), point)
+    if form == "bayes":
+        return denoised.detach() + weight * sigma**2 * gradient
+    scales = math.sqrt((1 + sigma**2) * (1 + sigma_next**2))
+    # The ancestral step moves by tau (D_y - z): divide so that the displacement is the published one.
+    tau = 1 - (sigma_next / sigma) ** 2
+    return denoised.detach() + weight * 1000 / steps * scales / tau * gradient

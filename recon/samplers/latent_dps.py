@@ -19,9 +19,8 @@ one norm.  With a decoder ``x = W z`` of orthonormal columns, ``encode = W^T``, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,8 +31,8 @@ from recon.operators.base import LinearOperator
 from recon.operators.cg import dot
 from recon.posterior import Posterior
 from recon.samplers.base import Claim, GuidedSampler
+from recon.samplers.dps import Form, pulled, require_form
 from recon.samplers.requirements import require_gaussian
-from recon.samplers.transitions import Ancestral
 
 _PROJECTOR = 1e-3  # relative error of A^T A A^T A = A^T A that rounding and interpolation may leave
 
@@ -58,7 +57,7 @@ class LatentDPS(GuidedSampler):
     )
 
     steps: int = 1000
-    form: Literal["bayes", "norm"] = "bayes"
+    form: Form = "bayes"
     omega: float = 1.0
     gamma: float = 0.0
 
@@ -69,39 +68,17 @@ class LatentDPS(GuidedSampler):
                 f"LatentDPS takes form 'bayes' or 'norm', omega > 0 and gamma >= 0; got {self.form!r}, {self.omega} and "
                 f"{self.gamma}"
             )
-        if self.form == "norm":
-            require_gaussian(posterior, "LatentDPS(form='norm')")
-            if not isinstance(self.transition, Ancestral):
-                raise InputError(
-                    "LatentDPS(form='norm') is defined for the Ancestral transition; use form='bayes' with others"
-                )
+        require_form(posterior, self, self.form)
         if self.gamma > 0:
             require_gaussian(posterior, "LatentDPS(gamma > 0)")
             _orthonormal(posterior)
 
     def guide(self, posterior: Posterior, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
-        prior, likelihood = posterior.prior, posterior.likelihood
-        posterior.count("denoiser", len(z))
-        posterior.count("vjp", len(z))
-        posterior.count_normal(len(z))
-        with torch.enable_grad():
-            point = z.detach().requires_grad_()
-            denoised = prior.denoise(point, sigma)
-            x = prior.decode(denoised)
-            if self.form == "bayes":
-                value = likelihood.log_prob(x)
-            else:
-                residual = likelihood.gaussian().residual(x)
-                value = -dot(residual, residual).sqrt()
-            if self.gamma > 0:
-                value = value - self.gamma / self.omega * self._gluing(posterior, denoised, x)
-            (gradient,) = torch.autograd.grad(value.sum(), point)
-        if self.form == "bayes":
-            return denoised.detach() + self.omega * sigma**2 * gradient
-        scales = math.sqrt((1 + sigma**2) * (1 + sigma_next**2))
-        # The ancestral step moves by tau (D_y - z): divide so that the displacement is the published one.
-        tau = 1 - (sigma_next / sigma) ** 2
-        return denoised.detach() + self.omega * 1000 / self.steps * scales / tau * gradient
+        def glued(denoised: Tensor, x: Tensor) -> Tensor:
+            return self.gamma / self.omega * self._gluing(posterior, denoised, x)
+
+        more = glued if self.gamma > 0 else None
+        return pulled(posterior, z, (sigma, sigma_next), self.form, self.omega, self.steps, more)
 
     def _gluing(self, posterior: Posterior, denoised: Tensor, x: Tensor) -> Tensor:
         """``|g|^2 / (2 sigma_y^2)``, or ``|g|`` for the norm: (n,)."""

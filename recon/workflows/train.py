@@ -161,7 +161,9 @@ def export(
 ) -> NetworkPrior:
     """Write the averaged weights of a training run to ``out`` with a card that holds their held-out errors."""
     data = file.data(workspace)
-    network = _network(file, data, coder)
+    network = build_network(file.network(data))
+    if network.skip is not None:
+        network.skip.load_state_dict(training.network.get_submodule("skip").state_dict())
     with torch.no_grad():
         for name, value in training.averaged().items():
             network.get_parameter(name).copy_(value.to(torch.float16))

@@ -102,6 +102,15 @@ def test_a_training_file_becomes_a_prior(lab):
     assert (path.parent / "weights.safetensors").read_bytes() == first
 
 
+def test_the_wiener_start_of_training_is_that_of_the_prior(lab):
+    path = write(lab, architecture={**SETTINGS["architecture"], "wiener": True})
+    train(path)
+    kept = load_prior("toy").network.skip
+    trained = prepare(read_train_file(path), None).network.skip
+    assert torch.equal(kept.mean, trained.mean) and torch.equal(kept.log_spectrum, trained.log_spectrum)
+    assert float(kept.log_spectrum.std()) > 0
+
+
 def test_test_data_are_never_trained_on(lab):
     path = write(lab, cuts=[{"dataset": "others", "share": 1.0, "side": [32, 32]}])
     with pytest.raises(InputError, match="others is for test; it has no part 'train'"):
