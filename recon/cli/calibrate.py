@@ -18,6 +18,13 @@ def add(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401  (a private c
     calibrate.add_argument("file", metavar="FILE", help="a workflow file, or the name of a shipped one")
     calibrate.add_argument("--cases", type=int, metavar="N", help="of each kind of truths (128)")
     calibrate.add_argument(
+        "--fresh",
+        type=int,
+        default=0,
+        metavar="N",
+        help="and so many more, which only check the coverage that is stated (0)",
+    )
+    calibrate.add_argument(
         "--truths",
         choices=("prior", "data", "both"),
         help="draws of the prior (they test the sampler), held-out data (they test the prior too), or both (those there are)",
@@ -32,7 +39,7 @@ def calibrate_command(arguments: argparse.Namespace) -> int:
     """Hold the campaign, print what it found; 3 when cases failed."""
     from recon.workflows.calibrate import ENOUGH, Wanted, calibrate, failures, table
 
-    wanted = Wanted(ENOUGH if arguments.cases is None else arguments.cases, arguments.truths)
+    wanted = Wanted(ENOUGH if arguments.cases is None else arguments.cases, arguments.truths, fresh=arguments.fresh)
     folder = calibrate(arguments.file, wanted, arguments.out, arguments.overrides, arguments.workspace)
     if root():
         sys.stdout.write(table(folder) + "\n")

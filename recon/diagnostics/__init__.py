@@ -48,6 +48,7 @@ from recon.diagnostics.spread import (
     spread_skill,
     std_error,
 )
+from recon.diagnostics.stated import Check, Share, check, covered, left_out, share
 from recon.diagnostics.verdicts import Verdict, judge_all, judge_coverage, judge_ranks, judge_scores
 from recon.diagnostics.weights import WeightHealth, pareto_k, weight_health
 
@@ -103,6 +104,7 @@ __all__ = [
     "Ask",
     "Assessment",
     "CaseRecord",
+    "Check",
     "Coverage",
     "Events",
     "Hit",
@@ -111,6 +113,7 @@ __all__ = [
     "Reliability",
     "Scope",
     "SelfConsistency",
+    "Share",
     "Verdict",
     "assess",
     "case_coverage",
@@ -118,11 +121,14 @@ __all__ = [
     "case_need",
     "case_ranks",
     "case_record",
+    "check",
     "coverage_over_cases",
+    "covered",
     "judge_all",
     "judge_coverage",
     "judge_ranks",
     "judge_scores",
+    "left_out",
     "probes",
     "rank",
     "rank_histogram",
@@ -132,6 +138,7 @@ __all__ = [
     "reliability_over_cases",
     "scope_of",
     "self_consistency",
+    "share",
     "spread_skill_over_cases",
     "stretched",
     "tarp_fraction",

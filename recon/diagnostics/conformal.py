@@ -9,7 +9,10 @@ of its pixels.
   ``n >= 1/alpha - 1``.
 * "average": the smallest ``l`` with ``(n R(l) + 1)/(n + 1) <= 1 - level``, ``R`` the mean fraction missed.  A further case
   is covered in a fraction ``level`` of its pixels on average (conformal risk control; Angelopoulos et al., ICLR 2024).
-  Needs ``n >= 1/(1-level) - 1``.
+  Needs ``n >= 1/(1-level) - 1``.  The promise counts the next case as missed altogether, so few cases stretch too far:
+  coverage lies up to ``1/(n+1)`` above the level.
+* "estimate": the smallest ``l`` with ``R(l) <= 1 - level``: no promise, but nothing added to it either; the best guess from few
+  cases, whose error is that of ``R``.  Needs 2 cases.
 
 The case is the unit: no law of pixels is assumed.  Both are averages over problems like the calibration ones, and nothing
 under another operator, noise, prior, sampler or population: the ``Scope`` goes with the number and refuses others.
@@ -34,7 +37,8 @@ from recon.errors import InputError
 from recon.posterior import Posterior
 from recon.samplers.base import Sampler
 
-Guarantee = Literal["case", "average"]
+Guarantee = Literal["case", "average", "estimate"]
+SLACK = 1e-9  # of rounding
 
 
 @dataclass(frozen=True)
@@ -172,18 +176,18 @@ def recalibrate(
     needs: of the calibration cases, all by the same scope.  day: of the calibration, today's in UTC by default.
     Raises InputError for no cases, or levels outside (0, 1).
     """
-    if not needs or not 0 < level < 1 or not 0 < alpha < 1 or guarantee not in ("case", "average"):
+    if not needs or not 0 < level < 1 or not 0 < alpha < 1 or guarantee not in ("case", "average", "estimate"):
         raise InputError(
-            "a recalibration takes at least one case, level and alpha between 0 and 1, and case or average"
+            "a recalibration takes at least one case, level and alpha between 0 and 1, and case, average or estimate"
         )
     n = len(needs)
     stamp = (day or datetime.now(UTC).date()).isoformat()
-    miss = alpha if guarantee == "case" else 1 - level
-    least = math.ceil(1 / miss - 1 - 1e-9)
+    miss, least = alpha if guarantee == "case" else 1 - level, least_cases(level, alpha, guarantee)
     if n < least:
-        reason = f"{n} calibration cases cannot promise a miss rate of {miss:g}: at least {least} are needed"
+        what = "estimate" if guarantee == "estimate" else "promise"
+        reason = f"{n} calibration cases cannot {what} a miss rate of {miss:g}: at least {least} are needed"
         return Recalibration(None, level, alpha, guarantee, n, scope, stamp, reason)
-    stretch = _by_case(needs, level, alpha) if guarantee == "case" else _on_average(needs, level)
+    stretch = _by_case(needs, level, alpha) if guarantee == "case" else _on_average(needs, level, guarantee)
     return Recalibration(stretch, level, alpha, guarantee, n, scope, stamp)
 
 
@@ -192,15 +196,28 @@ def _by_case(needs: Sequence[Need], level: float, alpha: float) -> float:
     return scores[math.ceil((len(scores) + 1) * (1 - alpha) - 1e-9) - 1]
 
 
-def _on_average(needs: Sequence[Need], level: float) -> float:
+def least_cases(level: float, alpha: float, guarantee: Guarantee) -> int:
+    """The fewest cases that a guarantee can be given from."""
+    if guarantee == "estimate":
+        return 2
+    return math.ceil(1 / (alpha if guarantee == "case" else 1 - level) - 1 - SLACK)
+
+
+def enough_covered(missed: np.ndarray, n: int, level: float, guarantee: Guarantee) -> np.ndarray:
+    """Where ``missed`` (the sum over ``n`` cases of the fractions missed) satisfies "average" or "estimate"."""
+    if guarantee == "estimate":
+        return missed <= n * (1 - level) + SLACK
+    return missed + 1 <= (n + 1) * (1 - level) + SLACK
+
+
+def _on_average(needs: Sequence[Need], level: float, guarantee: Guarantee) -> float:
     n = len(needs)
     values = np.concatenate([need.excess for need in needs])
     weight = np.concatenate([np.full(len(need.excess), 1 / len(need.excess)) for need in needs])
     order = values.argsort()
     # n R(l) just at l = values[order][i]: the weight of what lies beyond.
     missed = n - weight[order].cumsum()
-    enough = np.flatnonzero(missed + 1 <= (n + 1) * (1 - level) + 1e-9)
-    return float(values[order][enough[0]])
+    return float(values[order][np.flatnonzero(enough_covered(missed, n, level, guarantee))[0]])
 
 
 def stretched(

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from recon.diagnostics.given import Array, draws_of, effective, truth_of, weights_of
+from recon.diagnostics.order import quantiles
 from recon.diagnostics.verdicts import FALSE_ALARM, Verdict, judge_coverage
-from recon.ensemble import Ensemble
 from recon.errors import InputError
-from recon.space import Space
 
 ANCESTORS = 20  # distinct ancestors of particles below which no interval is drawn
 WHOLE = "all"
@@ -67,28 +66,38 @@ def intervals(
     give no map.  Too few draws, or draws that are all the same, give a result without maps and its reason.
     Raises InputError for values that are no numbers or a level outside (0, 1).
     """
-    need = draws_needed(level)
+    return intervals_at(x, (level,), log_weights, ancestors)[0]
+
+
+def intervals_at(
+    x: Array, levels: Sequence[float], log_weights: Array | None = None, ancestors: int | None = None
+) -> tuple[Intervals, ...]:
+    """``intervals`` of several probabilities, from one sort of the draws."""
+    needs = [draws_needed(level) for level in levels]
     x = draws_of(x)
     ess = effective(weights_of(log_weights, len(x)))
+    refused = {level: _refusal(x, level, need, ess, ancestors) for level, need in zip(levels, needs, strict=True)}
+    drawn = [level for level in refused if not refused[level]]
+    tails = [tail for level in drawn for tail in ((1 - level) / 2, (1 + level) / 2)]
+    ends = quantiles(x, tails, log_weights) if drawn else None
+    found = []
+    for level in levels:
+        if refused[level] or ends is None:
+            found.append(Intervals(level, None, None, ess, refused[level]))
+        else:
+            at = 2 * drawn.index(level)
+            found.append(Intervals(level, ends[at], ends[at + 1], ess))
+    return tuple(found)
+
+
+def _refusal(x: Tensor, level: float, need: int, ess: float, ancestors: int | None) -> str:
     if ess < need - 1e-6:
-        return Intervals(
-            level, None, None, ess, f"{level:.0%} intervals need {need} effective draws; there are {ess:.3g}"
-        )
+        return f"{level:.0%} intervals need {need} effective draws; there are {ess:.3g}"
     if ancestors is not None and ancestors < ANCESTORS:
-        return Intervals(
-            level, None, None, ess, f"the draws descend from {ancestors} ancestors, fewer than {ANCESTORS}"
-        )
+        return f"the draws descend from {ancestors} ancestors, fewer than {ANCESTORS}"
     if bool((x == x[:1]).all()):
-        return Intervals(level, None, None, ess, "the ensemble has collapsed: all draws are the same")
-    low, high = _quantiles(x, [(1 - level) / 2, (1 + level) / 2], log_weights)
-    return Intervals(level, low, high, ess)
-
-
-def _quantiles(x: Tensor, levels: Sequence[float], log_weights: Array | None) -> Tensor:
-    log_w = None if log_weights is None else torch.as_tensor(log_weights).double()
-    flat = x.reshape(len(x), -1)
-    found = Ensemble(flat, Space.vector(flat.shape[1]), log_w).quantile(list(levels))
-    return found.reshape(len(levels), *x.shape[1:])
+        return "the ensemble has collapsed: all draws are the same"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -120,14 +129,14 @@ def case_coverage(
     if effective(w) < need - 1e-6:
         return None
     tails = [(1 - level) / 2, (1 + level) / 2]
-    low, high = _quantiles(x, tails, log_weights)
+    low, high = quantiles(x, tails, log_weights)
     under, over = (truth < low), (truth > high)
     hits = {WHOLE: _hit(under, over)}
     means = {WHOLE: torch.ones_like(under)} | masks
     for name, mask in masks.items():
         hits[name] = _hit(under[mask], over[mask])
     averages = torch.stack([torch.cat([x, truth[None]])[:, mask].double().mean(1) for mask in means.values()], 1)
-    low, high = _quantiles(averages[:-1], tails, log_weights)
+    low, high = quantiles(averages[:-1], tails, log_weights)
     for i, name in enumerate(means):
         hits[f"mean of {name}"] = _hit(averages[-1:, i] < low[i], averages[-1:, i] > high[i])
     return hits

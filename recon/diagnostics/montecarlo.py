@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recon.diagnostics import order
 from recon.diagnostics.given import Array, draws_of, effective, weights_of
-from recon.ensemble import Ensemble
 from recon.errors import InputError
-from recon.space import Space
 
 CHUNK = 1 << 22  # draws x pixels held at a time
 
@@ -79,16 +78,16 @@ def monte_carlo_errors(
         reasons.append("the error of the std map needs at least 3 draws")
     else:
         std = torch.cat([s for _, s in parts]).reshape(shape)
-    levels: dict[float, Tensor | None] = {}
+    levels: dict[float, Tensor | None] = dict.fromkeys(quantiles)
+    asked: dict[float, float] = {}  # quantile -> how far the two beside it are
     for q in quantiles:
         half = math.sqrt(q * (1 - q) / ess)
         if q - half < 1 / (ess + 1) - 1e-12 or q + half > ess / (ess + 1) + 1e-12:
-            levels[q] = None
             reasons.append(f"the error of the {q:g} quantile needs more than {ess:.3g} draws")
         else:
-            log_w = None if log_weights is None else torch.as_tensor(log_weights).double()
-            low, high = Ensemble(rows, Space.vector(rows.shape[1]), log_w).quantile([q - half, q + half])
-            levels[q] = ((high - low).double() / 2).reshape(shape)
+            asked[q] = half
+    ends = order.quantiles(x, [p for q, half in asked.items() for p in (q - half, q + half)], log_weights)
+    levels |= {q: (ends[2 * i + 1] - ends[2 * i]).double() / 2 for i, q in enumerate(asked)}
     return MonteCarloErrors(mean, std, levels, ess, tuple(reasons))
 
 

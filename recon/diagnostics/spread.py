@@ -19,13 +19,14 @@ independent problems (one number per problem).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from recon.diagnostics.intervals import draws_needed as draws_needed  # the pages ask for it here
+from recon.diagnostics.order import quantiles
 from recon.diagnostics.scores import fair_crps
 from recon.ensemble import Ensemble
 from recon.errors import InputError
@@ -71,7 +72,7 @@ def ensemble_spread(
         std=_rms(std) if std is not None else math.nan,
         mean_error=_rms(std) / math.sqrt(ensemble.ess) if std is not None else math.nan,
         std_error=std_error(ensemble),
-        coverage={p: coverage(ensemble, truth, p) if truth is not None else None for p in LEVELS},
+        coverage=dict.fromkeys(LEVELS) if truth is None else _coverages(ensemble, truth, LEVELS),
         skill=spread_skill(ensemble, truth) if known and truth is not None else None,
         crps=_mean_crps(ensemble, truth) if known and truth is not None else None,
         outside=outside(ensemble, truth) if truth is not None else None,
@@ -95,11 +96,22 @@ def coverage(ensemble: Ensemble, truth: Tensor, level: float = 0.9) -> float | N
 
     truth: *space.shape.  Compare with ``level``.  Raises InputError when shapes do not fit or the level is outside (0, 1).
     """
-    truth = _fitting(ensemble, truth)
-    if ensemble.ess < draws_needed(level) - 1e-6:
-        return None
-    low, high = ensemble.quantile([(1 - level) / 2, (1 + level) / 2])
-    return float(((truth >= low) & (truth <= high)).double().mean())
+    return _coverages(ensemble, truth, (level,))[level]
+
+
+def _coverages(ensemble: Ensemble, truth: Tensor, levels: Sequence[float]) -> dict[float, float | None]:
+    """``coverage`` at several levels, from one sort of the draws."""
+    truth = _fitting(ensemble, truth).cpu()
+    found: dict[float, float | None] = dict.fromkeys(levels)
+    there = [level for level in levels if ensemble.ess >= draws_needed(level) - 1e-6]
+    ends = quantiles(
+        ensemble.x.detach().cpu(),
+        [p for level in there for p in ((1 - level) / 2, (1 + level) / 2)],
+        ensemble.log_weights,
+    )
+    for i, level in enumerate(there):
+        found[level] = float(((truth >= ends[2 * i]) & (truth <= ends[2 * i + 1])).double().mean())
+    return found
 
 
 def outside(ensemble: Ensemble, truth: Tensor) -> float:

@@ -166,13 +166,17 @@ def curve(axes: Axes, space: Space, values: Tensor, **style: Any) -> Any:  # noq
 
 
 def scale(figure: Figure, made: Any, axes: Any, look: Look, *arrays: Tensor | np.ndarray) -> Any:  # noqa: ANN401
-    """A colour bar with its unit; pointed where values lie beyond the limits.  Returns the bar."""
+    """A colour bar with its unit; pointed where values lie beyond the limits.  Returns the bar.
+
+    Its axes know those it belongs to (``recon_parents``), so that who arranges the figure anew can put it beside them.
+    """
     low, high = limits(*arrays, share=0.0) if arrays else (look.low, look.high)
     slack = 1e-6 * (look.high - look.low)
     under, over = low < look.low - slack, high > look.high + slack
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[under, over]
-    bar = figure.colorbar(made, ax=axes, extend=extend, shrink=0.9, aspect=28, pad=0.015)
+    bar = figure.colorbar(made, ax=axes, extend=extend, shrink=0.9, aspect=28, pad=0.015, use_gridspec=False)
     bar.set_label(look.label, fontsize=SMALL)
+    bar.ax.recon_parents = tuple(np.ravel(np.asarray(axes, dtype=object)))  # type: ignore[attr-defined]
     return bar
 
 

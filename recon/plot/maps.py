@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recon.diagnostics.intervals import Intervals, draws_needed
-from recon.diagnostics.intervals import intervals as interval_maps
+from recon.diagnostics.intervals import Intervals, draws_needed, intervals_at
 from recon.ensemble import Ensemble
 from recon.errors import InputError
 from recon.plot.canvas import (
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     AxesLike = Axes | Sequence[Axes] | np.ndarray
 
 Artists = list[Any]
+LEVELS = (0.5, 0.9, 0.95)  # what a report asks for, made from one sort
+_MADE: WeakKeyDictionary[Ensemble, dict[float, Intervals]] = WeakKeyDictionary()
 
 
 def refusal(ensemble: Ensemble, level: float = 0.9) -> str:
@@ -58,12 +60,16 @@ def refusal(ensemble: Ensemble, level: float = 0.9) -> str:
 
 def checked_intervals(ensemble: Ensemble, level: float = 0.9) -> Intervals:
     """``recon.diagnostics.intervals`` of an ensemble with its weights and ancestors: copies of one particle count once."""
-    found = interval_maps(ensemble.x, level, ensemble.log_weights, ensemble.ancestors)
+    made = _MADE.setdefault(ensemble, {})
+    if level not in made:
+        levels = dict.fromkeys([level, *LEVELS])
+        found = intervals_at(ensemble.x, tuple(levels), ensemble.log_weights, ensemble.ancestors)
+        made |= dict(zip(levels, found, strict=True))
     need = draws_needed(level)
-    if found.low is not None and ensemble.ess < need - 1e-6:
+    if made[level].low is not None and ensemble.ess < need - 1e-6:
         why = f"{level:.0%} intervals need {need} effective draws; there are {ensemble.ess:.3g}"
         return Intervals(level, None, None, ensemble.ess, why)
-    return found
+    return made[level]
 
 
 def field(values: Any, axes: Axes, space: Space | None = None, look: Look | None = None, title: str = "") -> Artists:  # noqa: ANN401

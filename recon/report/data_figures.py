@@ -184,23 +184,27 @@ def fit(evidence: Evidence) -> Picture:
     right.set_title(f"along {result.view_dim}" + (": " + _outside(found) if found else ""), fontsize=9.5)
     for axes in (left, right):
         tidy(axes)
-    figure.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, ncols=3, loc="outside upper left")
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, ncols=3, loc="upper left")
     caption = (
         f"Mean over draws {number(result.ratio, 4)}, expected 1 ± {number(result.ratio_sd, 2)} (sd of one exact draw). "
         f"The draws share one measurement, so they move together. The posterior mean ({number(below, 4)}) must not be "
         "judged against 1: it is expected to lie below, because it follows part of the noise."
     )
-    data = {"ratio of each draw": _line(ratios, "draw"), f"ratio along {result.view_dim}": _line(view, result.view_dim)}
-    data["sd along it"] = _line(sd, result.view_dim)
+    along = (result.view_dim, evidence.range)
+    data = {"ratio of each draw": _line(ratios, "draw"), f"ratio along {result.view_dim}": _line(view, *along)}
+    data["sd along it"] = _line(sd, *along)
     return finish(
         figure, f"{symbol} of each draw and along {result.view_dim}, with the expected band around 1.", caption, data
     )
 
 
-def _line(values: np.ndarray, dim: str) -> Any:  # noqa: ANN401  (a DataArray)
+def _line(values: np.ndarray, dim: str, space: Space | None = None) -> Any:  # noqa: ANN401  (a DataArray)
+    """Dimensionless values along ``dim``, at its places in ``space``."""
     import xarray as xr
 
-    return xr.DataArray(np.asarray(values), dims=(dim,))
+    place = None if space is None else space.coords.get(dim)
+    coords = {} if place is None else {dim: (dim, *labelled(dim, place))}
+    return xr.DataArray(np.asarray(values), coords, (dim,))
 
 
 def _groups_of(evidence: Evidence) -> dict[str, Any]:
@@ -225,7 +229,7 @@ def groups(evidence: Evidence) -> Picture | None:
         group_fit(group, axes)
         for name in ("ratio", "low", "high"):
             column = np.array([np.nan if v is None else v for v in group[name]])
-            data[f"{name} by {group['dim']}"] = _line(column, group["dim"])
+            data[f"{name} by {group['dim']}"] = _line(column, group["dim"], evidence.range)
     words = "; ".join(f"{g['dim']}: {_outside(g)}" for g in found)
     caption = (
         f"χ²/m by place, averaged over draws. {words}. Green: where all groups of an exact sampler lie, but for a "

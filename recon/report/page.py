@@ -1,7 +1,7 @@
 """One HTML file that opens offline, mails well and prints: no script, no external address, figures inside.
 
 ``report.html`` explains, ``report.json`` holds every number (its schema: ``recon.report.schema``), ``figures.nc`` the numbers
-behind every figure, one group each.
+behind every figure, one group each, ``figures/*.csv`` those of curves and tables once more.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from recon.report.glossary import GLOSSARY
 from recon.report.numbers import numbers, plain_json
 from recon.report.panels import Picture
 from recon.report.quantities import Quantity, quantities
+from recon.report.tables import write_tables
 from recon.report.upstream import by_variable
 from recon.report.verdict import bare, calibration_rows, fixed, headline, number, verdict
 
@@ -28,7 +29,7 @@ MOST = 6  # quantities whose figures are drawn; the tables hold all
 
 
 def write_report(evidence: Evidence, folder: str | Path) -> Path:
-    """Write ``report.html``, ``report.json`` and ``figures.nc`` into ``folder``, each whole or not at all.
+    """Write ``report.html``, ``report.json``, ``figures.nc`` and ``figures/*.csv`` into ``folder``, each whole or not at all.
 
     Returns the page's path.  The page stands alone; figures are drawn in light and dark.
     Raises InputError for ``facts["regions"]`` that do not fit.
@@ -41,7 +42,9 @@ def write_report(evidence: Evidence, folder: str | Path) -> Path:
     values["verdict"] = [asdict(s) for s in statements]
     whole, each = drawn(evidence, values)
     write_json(folder / JSON, values)
-    _write_data(folder / DATA, whole, each)
+    named = _named(whole, each)
+    _write_data(folder / DATA, named)
+    write_tables(named, folder)
     write_text(folder / HTML, render(evidence, values, (whole, each), folder.name))
     return folder / HTML
 
@@ -74,16 +77,21 @@ def _of_quantity(quantity: Quantity, figured: Mapping[str, Any], facts: Mapping[
     return {name: picture for name, picture in made.items() if picture}
 
 
-def _write_data(path: Path, whole: Pictures, each: list[Pictures]) -> None:
-    """One group per figure, below the quantity's name (or number) where there are several."""
+def _named(whole: Pictures, each: list[Pictures]) -> Pictures:
+    """All figures by name, those of a quantity below its number where there are several."""
+    named = dict(whole)
+    for k, pictures in enumerate(each):
+        named |= {f"quantity_{k}/{name}" if len(each) > 1 else name: picture for name, picture in pictures.items()}
+    return named
+
+
+def _write_data(path: Path, named: Pictures) -> None:
+    """One group per figure."""
     import xarray as xr
 
     groups = {
         "/": xr.Dataset(attrs={"title": "the numbers behind the figures of report.html", "Conventions": "CF-1.11"})
     }
-    named = dict(whole)
-    for k, pictures in enumerate(each):
-        named |= {f"quantity_{k}/{name}" if len(each) > 1 else name: picture for name, picture in pictures.items()}
     for name, picture in named.items():
         parts = {key.replace("/", " over "): value.rename(None) for key, value in picture.data.items()}
         attrs = {"caption": picture.caption, "alt": picture.alt}

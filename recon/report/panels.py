@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,14 @@ import numpy as np
 if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.figure import Figure
-    from PIL import Image
 
 from recon.plot.canvas import INKED
+from recon.report.layout import arrange
 
 DPI = 120
 WIDTH = 10.4  # inches: the text column of the page
 INK = {"light": "#1d2125", "dark": "#e4e6e8"}
+FAINT = 0.16  # opacity of lines of a grid
 PAPER = {"light": "#ffffff", "dark": "#14171a"}  # as in the page's style sheet
 
 
@@ -43,68 +45,92 @@ def new_figure(
     """An empty figure of the page's width and its (rows, cols) axes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI)
     return figure, figure.subplots(rows, cols, squeeze=False, width_ratios=width_ratios)
 
 
 def finish(figure: Figure, alt: str, caption: str, data: Mapping[str, xr.DataArray] | None = None) -> Picture:
-    """Draw ``figure`` once for light and once for dark pages."""
+    """Arrange and draw ``figure`` once; what is ink and what is paper changes its colour on dark pages."""
     for axes in figure.axes:
         axes.tick_params(labelsize=8)
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        engine.execute(figure)
-        if any(axes.get_aspect() != "auto" for axes in figure.axes):
-            engine.execute(figure)  # one pass does not settle axes of fixed proportions
-    figure.set_layout_engine("none")
-    return Picture(_encoded(figure, "light"), _encoded(figure, "dark"), alt, caption, dict(data or {}))
+    arrange(figure)
+    light, dark = _encoded(figure)
+    return Picture(light, dark, alt, caption, dict(data or {}))
 
 
-def _encoded(figure: Figure, theme: str) -> str:
+def _encoded(figure: Figure) -> tuple[str, str]:
+    """The figure on light and on dark paper: one drawing on no paper at all, with two palettes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.lines import Line2D
     from matplotlib.text import Text
-
-    ink = INK[theme]
-    for axes in figure.axes:
-        axes.set_facecolor(PAPER[theme])
-        axes.tick_params(colors=ink, which="both")
-        for spine in axes.spines.values():
-            spine.set_edgecolor(ink)
-        axes.xaxis.get_offset_text().set_color(ink)
-        axes.yaxis.get_offset_text().set_color(ink)
-    for text in figure.findobj(Text):
-        text.set_color(ink)
-    for line in figure.findobj(Line2D):
-        if line.get_gid() == INKED:
-            line.set_color(ink)
-    buffer = io.BytesIO()
-    figure.set_facecolor(PAPER[theme])
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
-    _smallest(np.asarray(canvas.buffer_rgba())[..., :3]).save(buffer, "png", compress_level=7)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _smallest(pixels: np.ndarray) -> Image.Image:
-    """The same picture with a palette of 256 colours (half the bytes).
-
-    Kept are the 192 most frequent colours, which cover the maps, then whichever differs most from all kept so far, so that no
-    rare mark vanishes; what remains (smoothed edges of letters) takes the nearest.
-    """
     from PIL import Image
 
-    packed = pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+        axes.tick_params(colors=INK["light"], which="both")
+        for spine in axes.spines.values():
+            spine.set_edgecolor(INK["light"])
+        axes.xaxis.get_offset_text().set_color(INK["light"])
+        axes.yaxis.get_offset_text().set_color(INK["light"])
+        for line in (*axes.get_xgridlines(), *axes.get_ygridlines()):
+            line.set(color=INK["light"], alpha=FAINT)  # text across them is ink on ink
+    for text in figure.findobj(Text):
+        text.set_color(INK["light"])
+    for line in figure.findobj(Line2D):
+        if line.get_gid() == INKED:
+            line.set_color(INK["light"])
+    figure.set_facecolor("none")
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    index, light, dark = palettes(np.asarray(canvas.buffer_rgba()))
+    picture, buffer = Image.fromarray(index, mode="L"), io.BytesIO()
+    picture.putpalette(light.tobytes())
+    picture.save(buffer, "png", compress_level=7)
+    png = buffer.getvalue()
+    return _uri(png), _uri(_repainted(png, dark.tobytes()))
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _repainted(png: bytes, palette: bytes) -> bytes:
+    """The same PNG with another palette: its chunk PLTE is replaced."""
+    at = png.index(b"PLTE")
+    size = int.from_bytes(png[at - 4 : at], "big")
+    chunk = b"PLTE" + palette[:size]
+    return png[:at] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + png[at + 4 + size + 4 :]
+
+
+def palettes(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A drawing without paper (row, column, RGBA) as places in a palette, and the 256 colours (RGB) on light and dark paper.
+
+    Kept are the 192 most frequent colours, which cover the maps, then whichever differs most from all kept so far, so that no
+    rare mark vanishes; what remains (smoothed edges of letters) takes the nearest.  Ink is what has the colour of the text.
+    """
+    packed = np.ascontiguousarray(pixels).view(np.uint32)[..., 0]
     found, index, counts = np.unique(packed, return_inverse=True, return_counts=True)
-    colours = np.stack([found >> 16, found >> 8, found], axis=1).astype(np.uint8)
+    rgba = found.view(np.uint8).reshape(-1, 4)
+    alpha = rgba[:, 3:].astype(np.float32) / 255
+    rgb = rgba[:, :3].astype(np.float32)
+    ink = {theme: np.array(_hex(INK[theme]), dtype=np.float32) for theme in INK}
+    # Colours of faint pixels are rounded coarsely: half a step of 1/alpha.
+    written = (np.abs(rgb - ink["light"]) <= 1 + 0.5 / np.maximum(alpha, 1 / 255)).all(1, keepdims=True) & (alpha > 0)
+    on = [
+        np.rint(alpha * np.where(written, ink[theme], rgb) + (1 - alpha) * np.array(_hex(PAPER[theme]), np.float32))
+        for theme in ("light", "dark")
+    ]
+    both = np.concatenate(on, axis=1).astype(np.float32)
     kept = list(np.argsort(-counts, kind="stable")[:192])
-    wide = colours.astype(np.int64)
-    distance = ((wide[:, None] - wide[kept]) ** 2).sum(2)
+    distance = ((both[:, None] - both[kept]) ** 2).sum(2)
     nearest, gap = distance.argmin(1), distance.min(1)
-    while len(kept) < min(256, len(colours)):
+    while len(kept) < min(256, len(both)):
         kept.append(int(gap.argmax()))
-        other = ((wide - wide[kept[-1]]) ** 2).sum(1)
+        other = ((both - both[kept[-1]]) ** 2).sum(1)
         nearest, gap = np.where(other < gap, len(kept) - 1, nearest), np.minimum(gap, other)
-    picture = Image.fromarray(nearest.astype(np.uint8)[index].reshape(packed.shape), mode="L")
-    picture.putpalette(colours[kept].tobytes())
-    return picture
+    light, dark = (colours[kept].astype(np.uint8) for colours in on)
+    return nearest.astype(np.uint8)[index].reshape(packed.shape), light, dark
+
+
+def _hex(colour: str) -> tuple[int, ...]:
+    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))

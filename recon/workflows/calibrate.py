@@ -1,8 +1,8 @@
 """``recon calibrate``: is this sampler, with this prior, operator and noise, right about its own uncertainty?
 
 A folder holds the campaign: ``campaign.json`` says what it is of, ``cases/`` has one file per case.  ``calibration.json``, the
-findings, and ``calibration.html``, which shows them, are made again from the cases whenever the command is given; nothing in
-them depends on the number of ranks or on how often the campaign was killed.
+findings, ``calibration.html``, which shows them, and ``cases.csv``, a row per case, are made again from the cases whenever the
+command is given; nothing in them depends on the number of ranks or on how often the campaign was killed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from recon.workflows.calibration import FILE, SCHEMA, changes, findings, identit
 from recon.workflows.campaign import conduct, load_case
 from recon.workflows.cases import Campaign, Population
 from recon.workflows.citation import cited, homes
+from recon.workflows.outliers import as_csv
 from recon.workflows.problem import Job, prepare
 from recon.workflows.provenance import environment
 from recon.workflows.schema import Workflow, load_workflow, resolved
@@ -34,7 +35,7 @@ from recon.workflows.truths import from_data, from_prior
 log = logging.getLogger("recon.calibrate")
 
 Truths = Literal["prior", "data", "both"]
-MARK, CASES = "campaign.json", "cases"
+MARK, CASES, TABLE = "campaign.json", "cases", "cases.csv"
 ENOUGH = 128  # the fewest that can earn "calibrated" with 24 draws and all test functions are 125
 WORDS = {
     "calibrated": "the spread of the draws can be taken at its word",
@@ -52,18 +53,22 @@ class Wanted:
     """What is asked of a campaign.
 
     cases: of each population.  truths: prior, data, or both; None is both where the workflow has a data set with other
-    members, else prior.  day: noted with the cases; today in UTC by default.
+    members, else prior.  day: noted with the cases; today in UTC by default.  fresh: further cases of each population, from
+    which nothing is learnt: they check the coverage that the others state.
     """
 
     cases: int = ENOUGH
     truths: Truths | None = None
     day: date | None = None
+    fresh: int = 0
 
     def __post_init__(self) -> None:
         if self.cases < 1 or self.truths not in (None, "prior", "data", "both"):
             raise InputError(
                 f"a campaign takes at least 1 case with truths prior, data or both; got {self.cases}, {self.truths}"
             )
+        if self.fresh < 0:
+            raise InputError(f"the number of fresh cases is 0 or more; got {self.fresh}")
 
 
 def calibrate(
@@ -90,6 +95,7 @@ def calibrate(
     if comm.root:
         found = calibration_of(campaign, folder / CASES, identity)
         write_json(folder / FILE, found)
+        write_text(folder / TABLE, as_csv(found["populations"]))
         write_campaign(found, cited(found), WORDS, folder)
     comm.draws.barrier()
     return folder
@@ -99,10 +105,10 @@ def campaign_of(workflow: Workflow, job: Job, wanted: Wanted) -> Campaign:
     """The campaign of a prepared workflow.  Raises InputError when data are asked for and there are none."""
     populations: list[Population] = []
     if wanted.truths != "data":
-        populations.append(from_prior(workflow, job, wanted.cases))
+        populations.append(from_prior(workflow, job, wanted.cases, wanted.fresh))
     if wanted.truths != "prior":
         try:
-            populations.append(from_data(workflow, job, wanted.cases))
+            populations.append(from_data(workflow, job, wanted.cases, wanted.fresh))
         except InputError as error:
             if wanted.truths is not None:
                 raise
@@ -114,7 +120,7 @@ def calibration_of(campaign: Campaign, folder: Path, identity: Mapping[str, Any]
     """The content of ``calibration.json``, from the files of all cases in ``folder``; a pure function of them."""
     found = {}
     for population in campaign.populations:
-        contents = [load_case(folder, population.name, case) for case in range(population.cases)]
+        contents = [load_case(folder, population.name, case) for case in range(population.total)]
         found[population.name] = findings(campaign, population, contents, identity)
     return {
         "schema": SCHEMA,
@@ -170,11 +176,34 @@ def table(folder: Path) -> str:
         rows += [_row(name, quantity) for name, quantity in found["quantities"].items()]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += _told(found.get("fresh"))
         assessment = found["assessment"]
         if assessment:
             lines += ["  " + _figure("CRPS", assessment["crps"], assessment["crps_error"]), ""]
     said = cited(calibration)
     return "\n".join([*lines, f"reports of this configuration will say: {said['status']}", str(folder)])
+
+
+def _told(fresh: Mapping[str, Any] | None) -> list[str]:
+    """What fresh cases show of the coverage that is stated, a line per interval and kind."""
+    if fresh is None:
+        return []
+    lines = [f"  fresh cases, which chose nothing: {fresh['cases']}, {fresh['failed']} failed"]
+    for name, kinds in fresh["intervals"].items():
+        for kind, one in kinds.items():
+            stated, shown = (_percent(one[part]) for part in ("stated", "shown"))
+            within = f"within {100 * one['tolerance']:g} points: "
+            answer = {"within": "yes", "beyond": "no"}.get(one["decision"], "cannot say")
+            if one["decision"] == "cannot say" and one["cases_needed"]:
+                answer += f" (about {one['cases_needed']} cases on either side would)"
+            lines.append(f"    {name}, {kind}: states {stated}, fresh cases show {shown}; {within}{answer}")
+    return lines
+
+
+def _percent(part: Mapping[str, Any]) -> str:
+    if part["mean"] is None:
+        return "nothing"
+    return f"{100 * part['mean']:.1f}" + ("" if part["error"] is None else f" +- {100 * part['error']:.1f}") + " %"
 
 
 def _row(name: str, quantity: Mapping[str, Any]) -> tuple[str, str, str, str]:

@@ -15,12 +15,27 @@ from typing import Any
 
 import numpy as np
 
-from recon.diagnostics import Assessment, CaseRecord, Scope, assess, rank_histogram, recalibrate, record_from, scope_of
+from recon.diagnostics import (
+    Assessment,
+    CaseRecord,
+    Scope,
+    Share,
+    assess,
+    check,
+    covered,
+    left_out,
+    rank_histogram,
+    recalibrate,
+    record_from,
+    scope_of,
+    share,
+)
 from recon.diagnostics.conformal import Need
 from recon.diagnostics.verdicts import FEWEST
 from recon.errors import InputError
 from recon.samplers.loop import describe
-from recon.workflows.cases import MEAN, WHOLE, Campaign, Population
+from recon.workflows.cases import MEAN, TILES, WHOLE, Campaign, Population
+from recon.workflows.outliers import listed
 from recon.workflows.prior_section import TRUTH
 from recon.workflows.problem import Job
 from recon.workflows.provenance import weights_sha256
@@ -105,9 +120,12 @@ def findings(
 ) -> dict[str, Any]:
     """What the cases of one population show, JSON values.
 
-    contents: of their files.  Keys: about, cases, failed, date, spacing, finding, reason, quantities, assessment,
-    histograms, recalibrations; the last three are null or empty where no case can be judged.
+    contents: of their files, fresh ones last.  Keys: about, cases, failed, date, spacing, finding, reason, quantities,
+    assessment, histograms, recalibrations; the last three are null or empty where no case can be judged.  fresh: null, or
+    what the fresh cases show of the coverage that the others state; nothing else but ``listed``, all cases with the
+    outliers first, depends on them.
     """
+    every, contents, fresh = contents, contents[: population.cases], contents[population.cases :]
     records = [record_from(content["record"]) for content in contents]
     spacings = [content["spacing"] for content in contents if content["spacing"] is not None]
     value: dict[str, Any] = {
@@ -117,6 +135,8 @@ def findings(
         "spacing": [min(spacings), max(spacings)] if spacings else None,
         "failed": sum(bool(record.failed) for record in records),
         "level": campaign.level,
+        "fresh": None,
+        "listed": listed(every, population.cases),
     }
     try:
         assessment = assess(records)
@@ -129,9 +149,12 @@ def findings(
     word, reason, std = assessment.finding, assessment.reason, _std(assessment)
     if word in QUIET and std["finding"] not in QUIET:
         word, reason = std["finding"], f"{STD}: {std['reason']}"
-    stretches = _recalibrations([c for c in contents if c["needs"]], scope, campaign.level, value["date"])
+    judged = [c for c in contents if c["needs"]]
+    stretches = _recalibrations(judged, scope, campaign.level, value["date"])
+    stated = {name: _stated(_needs_of(judged, name), campaign.level) for name in stretches}
     return {
         **value,
+        "fresh": _checks(fresh, stated, stretches, campaign.level),
         "cases": assessment.cases,
         "finding": word,
         "reason": reason,
@@ -140,7 +163,7 @@ def findings(
             name: rank_histogram([record.ranks[name] for record in usable], least).summary() for name in usable[0].ranks
         },
         "recalibrations": stretches,
-        "quantities": _quantities(assessment, stretches, campaign.level),
+        "quantities": _quantities(assessment, stretches, campaign.level, stated),
     }
 
 
@@ -157,25 +180,64 @@ def _scope_strings(identity: Mapping[str, Any]) -> dict[str, str]:
 def _recalibrations(
     contents: Sequence[Mapping[str, Any]], scope: Scope, level: float, day: str
 ) -> dict[str, dict[str, Any]]:
-    """Name of an interval -> what ``recalibrate`` found, right on average over values and cases."""
+    """Name of an interval -> what ``recalibrate`` promises on average over values and cases; estimate: its best guess."""
     found = {}
     for name in dict.fromkeys(name for content in contents for name in content["needs"]):
         lists = [content["needs"][name] for content in contents if name in content["needs"]]
         missing = [text for text in lists if isinstance(text, str)]
         needs = [Need(np.array(values)) for values in lists if not isinstance(values, str)]
         if not needs:
-            found[name] = {"stretch": None, "reason": missing[0]}
+            found[name] = {"stretch": None, "estimate": None, "reason": missing[0]}
             continue
         made = recalibrate(needs, scope, level, guarantee="average", day=date.fromisoformat(day)).summary()
         if missing or not math.isfinite(made["stretch"] or 0.0):
             why = missing[0] if missing else "no stretch covers enough of the cases"
             made |= {"stretch": None, "reason": f"{len(missing)} cases have no intervals: {why}" if missing else why}
-        found[name] = made
+        guess = recalibrate(needs, scope, level, guarantee="estimate", day=date.fromisoformat(day)).stretch
+        found[name] = {**made, "estimate": guess if made["stretch"] is not None or not missing else None}
     return found
+
+
+def _needs_of(contents: Sequence[Mapping[str, Any]], name: str) -> list[Need]:
+    """Of the cases that have such intervals."""
+    lists = [content["needs"].get(name) for content in contents]
+    return [Need(np.array(values)) for values in lists if values is not None and not isinstance(values, str)]
+
+
+def _stated(needs: Sequence[Need], level: float) -> dict[str, Share]:
+    """What cases say of intervals: as they are, and stretched by either rule (each case by what the others choose)."""
+    return {
+        "raw": share(covered(needs)),
+        "stretched": share(left_out(needs, level)),
+        "estimated": share(left_out(needs, level, "estimate")),
+    }
+
+
+def _checks(
+    fresh: Sequence[Mapping[str, Any]],
+    stated: Mapping[str, Mapping[str, Share]],
+    stretches: Mapping[str, Mapping[str, Any]],
+    level: float,
+) -> dict[str, Any] | None:
+    """Title of an interval -> kind (see ``_stated``): stated, shown, decision; with how many fresh cases there are and failed."""
+    if not fresh:
+        return None
+    found = {}
+    for name, made in stretches.items():
+        seen = _needs_of(fresh, name)
+        shown = {"raw": share(covered(seen))}
+        for kind, stretch in (("stretched", made["stretch"]), ("estimated", made["estimate"])):
+            if stretch is not None:
+                shown[kind] = share(covered(seen, stretch))
+        found[title(name, level)] = {kind: check(stated[name][kind], one).summary() for kind, one in shown.items()}
+    failed = sum(bool(content["record"]["failed"]) for content in fresh)
+    return {"cases": len(fresh) - failed, "failed": failed, "intervals": found}
 
 
 def title(name: str, level: float) -> str:
     """The name of an interval as a report shows it."""
+    if name == TILES:
+        return f"{100 * level:g} % interval of the mean of each tile"
     mean = name.startswith(MEAN)
     region = name.removeprefix(MEAN)
     what = "the mean" if mean else "each pixel"
@@ -183,9 +245,16 @@ def title(name: str, level: float) -> str:
 
 
 def _quantities(
-    assessment: Assessment, stretches: Mapping[str, Mapping[str, Any]], level: float
+    assessment: Assessment,
+    stretches: Mapping[str, Mapping[str, Any]],
+    level: float,
+    stated: Mapping[str, Mapping[str, Share]],
 ) -> dict[str, dict[str, Any]]:
-    """Name of a quantity -> {finding, reason, figures, factor (None without one), interval}."""
+    """Name of a quantity -> {finding, reason, figures, factor (None without one), interval}.
+
+    Of intervals also estimate, the best guess of the factor, and the coverage that cases state after either: stretched,
+    estimated.
+    """
     found: dict[str, dict[str, Any]] = {STD: _std(assessment)}
     for name, stretch in stretches.items():
         part = (assessment.coverage or {}).get(name)
@@ -193,7 +262,16 @@ def _quantities(
         if part is not None:
             figures = {"coverage": part.inside, "error": part.error if math.isfinite(part.error) else None}
             one = {"finding": part.finding, "reason": part.verdict.reason, "figures": figures}
-        found[title(name, level)] = {**one, "factor": stretch["stretch"], "interval": True}
+        after = None if stretch["stretch"] is None else stated[name]["stretched"].summary()
+        best = None if stretch["estimate"] is None else stated[name]["estimated"].summary()
+        found[title(name, level)] = {
+            **one,
+            "factor": stretch["stretch"],
+            "stretched": after,
+            "estimate": stretch["estimate"],
+            "estimated": best,
+            "interval": True,
+        }
     for name, verdict in assessment.ranks.items():
         if name != "overall":
             told = verdict.summary()

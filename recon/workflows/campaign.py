@@ -42,7 +42,7 @@ def conduct(campaign: Campaign, folder: Path, comm: Comm, day: date | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     named = {p.name: p for p in campaign.populations}
     todo = [
-        (p.name, c) for p in campaign.populations for c in range(p.cases) if not case_file(folder, p.name, c).is_file()
+        (p.name, c) for p in campaign.populations for c in range(p.total) if not case_file(folder, p.name, c).is_file()
     ]
     todo = comm.draws.bcast(todo)  # what one rank sees, all do
     mine = [(named[name], case) for name, case in todo[comm.draws.rank :: comm.draws.size]]

@@ -26,9 +26,12 @@ from recon.priors import Prior
 from recon.samplers import Sampler, sample
 from recon.samplers.loop import Watcher
 from recon.space import Space
+from recon.workflows.outliers import case_figures
 
 KEPT = 1024  # excesses that are kept of a case: shares of pixels are known to 0.1 %
-WHOLE, MEAN = "all", "mean of "
+WHOLE, MEAN, TILES = "all", "mean of ", "means of tiles"
+ACROSS, SIDE = 8, 4  # tiles: at most so many across an image, of at least so many pixels a side
+QUIET = 0.1  # tiles whose rms is less than this share of the largest one's are air, not object
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,19 @@ class Population:
     """Where truths come from.
 
     name: for files.  about: in words.  cases: how many are asked for.  pose: (case, seed of the truth, seed of the noise) -> a
-    problem; a pure function.
+    problem; a pure function.  fresh: how many further ones only check what the first ones state.
     """
 
     name: str
     about: str
     cases: int
     pose: Callable[[int, int, int], Posed]
+    fresh: int = 0
+
+    @property
+    def total(self) -> int:
+        """All that are computed: case numbers 0 to ``total - 1``."""
+        return self.cases + self.fresh
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Campaign:
 
 
 def measured(campaign: Campaign, case: int, posed: Posed, seed: int, around: tuple[Comm, Watcher]) -> dict[str, Any]:
-    """Sample a case with noise keyed by ``seed``, and what is kept of it: about, record, needs, spacing; JSON values.
+    """Sample a case with noise keyed by ``seed``, and what is kept of it: about, figures, record, needs, spacing; JSON values.
 
     needs: interval -> sorted excesses (``case_need``), or the text that says why there are none.  around: ranks and threads
     that sample, and who watches.  Raises what the sampler does.
@@ -79,12 +88,20 @@ def measured(campaign: Campaign, case: int, posed: Posed, seed: int, around: tup
     regions = {name: mask & known for name, mask in regions_of(posterior.space).items() if bool((mask & known).any())}
     ask = Ask(campaign.level, regions, _functions(posterior, view), campaign.seed)
     record = case_record(x, truth, ask, drawn.log_weights, case)
+    tiles = tile_means(torch.cat([x, truth[None].to(x)]), known)
     if not record.failed:
-        record = _worth(_where_known(record, (x, truth, known), ask, drawn), drawn)
+        record = _where_known(record, (x, truth, known), ask, drawn)
+        if tiles is not None and record.hits is not None:
+            own = case_coverage(tiles[:-1], tiles[-1], ask.level, None, drawn.log_weights)
+            record = replace(record, hits={**record.hits, **({} if own is None else {TILES: own[WHOLE]})})
+        record = _worth(record, drawn)
     domain = posterior.likelihood.operator.domain
-    needs = {} if record.failed else _needs(x, truth, {WHOLE: known, **regions}, campaign.level, drawn)
+    needs = {} if record.failed else _needs(x, truth, {WHOLE: known, **regions}, campaign.level, drawn, tiles)
     return {
         "about": posed.about,
+        "figures": {}
+        if record.failed
+        else case_figures(posterior.likelihood, drawn, None if view.scaled else posed.truth),
         "record": record.summary(),
         "needs": {name: need if isinstance(need, str) else need.tolist() for name, need in needs.items()},
         "spacing": domain.spacing(domain.dims[-1]) if domain.dims[-1] in domain.coords else None,
@@ -163,21 +180,50 @@ def regions_of(space: Space) -> dict[str, Tensor]:
     return {"middle": middle, "border": ~middle}
 
 
+def tile_means(x: Tensor, known: Tensor) -> Tensor | None:
+    """Means over the tiles of an image, (row, tile) of ``x`` (row, *space); None where it is too small for two of them.
+
+    Tiles are near-equal parts of the last two axes, at most 8 x 8 with at least 4 pixels a side, of every image of the
+    leading axes.  known: *space; means are over known values, tiles without any are left out, and so are those of air: rms
+    over all rows below a tenth of the largest.  The rows, draws and truth, count alike in that, so leaving out favours none.
+    """
+    ny, nx = x.shape[-2:] if x.ndim > 2 else (1, 1)
+    parts = [min(ACROSS, n // SIDE) for n in (ny, nx)]
+    if min(parts) < 1 or max(parts) < 2:
+        return None
+    down, along = (
+        torch.nn.functional.one_hot(torch.arange(n) * k // n, k).double() for n, k in zip((ny, nx), parts, strict=True)
+    )
+    here = torch.where(known, x.double(), 0.0)
+    count, total, square = (
+        (down.T @ values @ along).flatten(-known.ndim) for values in (known.double(), here, here.square())
+    )
+    present = count > 0
+    energy = square.mean(0)[present] / count[present]
+    loud = energy >= QUIET**2 * energy.max()
+    return (total[:, present] / count[present])[:, loud]
+
+
 def _needs(
-    x: Tensor, truth: Tensor, masks: Mapping[str, Tensor], level: float, drawn: Ensemble
+    x: Tensor, truth: Tensor, masks: Mapping[str, Tensor], level: float, drawn: Ensemble, tiles: Tensor | None = None
 ) -> dict[str, np.ndarray | str]:
     """Per interval that a report shows: sorted excesses of its values, or why there are none."""
     found: dict[str, np.ndarray | str] = {}
     if drawn.ess < draws_needed(level) - 1e-6:
         why = f"{100 * level:g} % intervals need {draws_needed(level)} effective draws; there are {drawn.ess:.3g}"
-        return {name: why for mask in masks for name in (mask, MEAN + mask)}
+        names = [name for mask in masks for name in (mask, MEAN + mask)]
+        return dict.fromkeys(names if tiles is None else [*names, TILES], why)
+    asked = []
     for name, mask in masks.items():
         rows, t = x[:, mask], truth[mask]
-        for key, values, own in ((name, rows, t), (MEAN + name, rows.double().mean(1, True), t.double().mean(0, True))):
-            try:
-                found[key] = thinned(case_need(values, own, level, drawn.log_weights).excess)
-            except InputError as error:
-                found[key] = str(error)
+        asked += [(name, rows, t), (MEAN + name, rows.double().mean(1, True), t.double().mean(0, True))]
+    if tiles is not None:
+        asked.append((TILES, tiles[:-1], tiles[-1]))
+    for key, values, own in asked:
+        try:
+            found[key] = thinned(case_need(values, own, level, drawn.log_weights).excess)
+        except InputError as error:
+            found[key] = str(error)
     return found
 
 

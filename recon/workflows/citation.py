@@ -135,9 +135,13 @@ def _status(name: str, populations: Mapping[str, Mapping[str, Any]]) -> dict[str
     text = "; ".join(f"{key} truths: {q['finding']}, {q['reason']}" for key, q in seen.items())
     if len(seen) == len(populations) and all(q["finding"] == "calibrated" for q in seen.values()):
         return {"status": "verified", "text": text}
-    factors = [seen[key]["factor"] for key in ("data", *seen) if key in seen]
-    if factors and factors[0] is not None:
-        words = "stretched" if factors[0] >= 0 else "shrunk"
-        more = f"covers when {words} by {abs(factors[0]):.3g} std of the draws on either side"
-        return {"status": "recalibrated", "text": f"{text}; {more}", "factor": factors[0]}
+    told = next((seen[key] for key in ("data", *seen) if key in seen), None)
+    if told is not None and told["factor"] is not None:
+        factor, after = told["factor"], told.get("stretched") or {}
+        words = "stretched" if factor >= 0 else "shrunk"
+        more = f"covers when {words} by {abs(factor):.3g} std of the draws on either side"
+        if after.get("mean") is not None:
+            error = "" if after["error"] is None else f" ± {100 * after['error']:.1f}"
+            more += f": then {100 * after['mean']:.1f}{error} % of the truth, each case by the stretch of the others"
+        return {"status": "recalibrated", "text": f"{text}; {more}", "factor": factor}
     return {"status": "unverified", "text": text}

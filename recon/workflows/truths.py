@@ -72,7 +72,7 @@ def _white(prior: Prior, seed: int) -> Tensor:
     return Draws(seed, [0]).normal(0, (prior.space.size,), "user", dtype=prior.dtype)[0].to(prior.device)
 
 
-def from_prior(workflow: Workflow, job: Job, cases: int) -> Population:
+def from_prior(workflow: Workflow, job: Job, cases: int, fresh: int = 0) -> Population:
     """The population ``prior``: truths on the workflow's own grid."""
 
     def pose(case: int, seed_truth: int, seed_noise: int) -> Posed:
@@ -80,13 +80,14 @@ def from_prior(workflow: Workflow, job: Job, cases: int) -> Population:
         return Posed(truth, posterior_of(workflow, job, truth, seed_noise), f"draw {case} of the prior")
 
     about = f"draws of the prior {job.prior.card.name} itself: they test the sampler"
-    return Population(PRIOR, about, cases, pose)
+    return Population(PRIOR, about, cases, pose, fresh)
 
 
-def from_data(workflow: Workflow, job: Job, cases: int) -> Population:
+def from_data(workflow: Workflow, job: Job, cases: int, fresh: int = 0) -> Population:
     """The population ``data``: at most ``cases`` held-out members other than the workflow's own, in a keyed random order.
 
-    More cases later keep the ones there are.  Raises InputError when there is no such member.
+    More cases later keep the ones there are.  Where there are fewer members than cases and fresh ones, both get their share.
+    Raises InputError when there is no such member.
     """
     problem = workflow.problem
     order = [i for i in _shuffled(held_out(problem.dataset), workflow.seed) if i != problem.index]
@@ -102,7 +103,9 @@ def from_data(workflow: Workflow, job: Job, cases: int) -> Population:
         return Posed(made.measurement.truth, made.posterior, made.notes["data"].split(";")[0])
 
     about = f"held-out members of {problem.dataset.name}: they test the sampler and the prior"  # type: ignore[union-attr]
-    return Population(DATA, about, min(cases, len(order)), pose)
+    total = min(cases + fresh, len(order))
+    fresh = total * fresh // (cases + fresh)
+    return Population(DATA, about, total - fresh, pose, fresh)
 
 
 def held_out(definition: Any) -> int:  # noqa: ANN401  (a model of the group datasets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import html
 import io
 import json
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import recon.report
@@ -24,10 +26,12 @@ from recon.ensemble import Ensemble
 from recon.errors import InputError
 from recon.likelihoods import GaussianLikelihood
 from recon.operators import MatrixOperator
+from recon.plot.canvas import Look, scale
 from recon.report import Evidence, panels, write_report
 from recon.report.numbers import numbers
 from recon.report.page import cell, rows
 from recon.report.schema import Report
+from recon.report.tables import write_tables
 from recon.report.verdict import headline, number, verdict
 from recon.space import Space
 
@@ -108,8 +112,12 @@ def pictures(page: str) -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def written(folder):
     evidence = make(GRID)
     path = write_report(evidence, folder)
     return evidence, path.read_text(encoding="utf-8"), json.loads((folder / "report.json").read_text())
@@ -378,14 +386,101 @@ def test_figures_leave_matplotlib_as_it_was(tmp_path):
     assert not [p.name for p in folder.glob("*.py") if re.search(r"import .*pyplot|pyplot import", p.read_text())]
 
 
+def opaque(rgb: np.ndarray) -> np.ndarray:
+    return np.concatenate([rgb, np.full((*rgb.shape[:2], 1), 255, np.uint8)], axis=2)
+
+
 def test_a_palette_keeps_every_colour_it_can_and_never_loses_a_rare_one():
     few = np.random.default_rng(0).choice(np.array([0, 90, 255], dtype=np.uint8), size=(20, 30, 3))
-    assert (np.asarray(panels._smallest(few).convert("RGB")) == few).all()
+    index, light, dark = panels.palettes(opaque(few))
+    assert (light[index] == few).all() and (dark[index] == few).all()
     grey = np.repeat(np.random.default_rng(1).integers(0, 256, size=(40, 40, 1), dtype=np.uint8), 3, axis=2)
     grey[5, 5] = (255, 0, 0)
-    kept = np.asarray(panels._smallest(grey).convert("RGB")).astype(int)
+    index, light, _ = panels.palettes(opaque(grey))
+    kept = light[index].astype(int)
     assert tuple(kept[5, 5]) == (255, 0, 0)
     assert np.abs(kept - grey).max() <= 2
+
+
+def test_dark_pages_turn_ink_and_paper_and_nothing_else():
+    ink, blue = (0x1D, 0x21, 0x25), (47, 134, 201)
+    drawn = np.array([[(*ink, 255), (*ink, 128), (*blue, 255), (*blue, 51), (29, 29, 29, 255), (7, 7, 7, 0)]], np.uint8)
+    index, light, dark = panels.palettes(drawn)
+    half = lambda a, b, share: np.rint(share * np.array(a) + (1 - share) * np.array(b)).tolist()  # noqa: E731
+    paper, night, chalk = (255, 255, 255), (0x14, 0x17, 0x1A), (0xE4, 0xE6, 0xE8)
+    share = 128 / 255
+    assert light[index][0].tolist() == [
+        [*ink], half(ink, paper, share), [*blue], half(blue, paper, 0.2), [29, 29, 29], [*paper]
+    ]  # fmt: skip
+    assert dark[index][0].tolist() == [
+        [*chalk], half(chalk, night, share), [*blue], half(blue, night, 0.2), [29, 29, 29], [*night]
+    ]  # fmt: skip
+
+
+def test_nothing_stands_outside_a_figure_or_on_its_neighbour():
+    """Images of two proportions, a bar of two of them, a curve with long labels, and a legend above."""
+    figure, grid = panels.new_figure(6.0, 2, 3, (1, 2, 1))
+    for k, axes in enumerate(grid.flat):
+        axes.set(ylabel="a label", xlabel=f"x {k}", title=f"panel {k}")
+        if k == 4:
+            axes.plot([0, 1], [-1e6, 1e6], label="a line")
+            axes.set_yticks([-1e6, 1e6], ["minus a million", "a million"])
+        else:
+            made = axes.imshow(np.eye(4), extent=(0, 4, 0, 2 if k == 1 else 4))
+    scale(figure, made, grid[0, :2], Look("gray", 0, 1, "value (1/m)"))
+    scale(figure, made, grid[1, 2], Look("gray", 0, 1, "other"))
+    figure.legend(*grid[1, 1].get_legend_handles_labels(), loc="upper left")
+    assert panels.finish(figure, "alt", "caption").light.startswith("data:image/png")
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [axes.get_tightbbox(renderer) for axes in figure.axes] + [figure.legends[0].get_window_extent(renderer)]
+    for i, box in enumerate(boxes):
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+        assert not any(box.overlaps(other) for other in boxes[:i])
+    bar, last = figure.axes[6].get_position(), grid[0, 1].get_position()
+    assert last.y0 < bar.y0 < bar.y1 < last.y1 or bar.y1 - bar.y0 < 1  # beside its axes
+    shapes = [axes.bbox.height / axes.bbox.width for axes in grid.flat]
+    assert shapes[0] == pytest.approx(1) and shapes[1] == pytest.approx(0.5)
+
+
+def test_a_figure_of_images_alone_leaves_no_blank():
+    figure, grid = panels.new_figure(9.0, 1, 3)
+    for axes in grid.flat:
+        axes.imshow(np.eye(4))
+    panels.finish(figure, "alt", "caption")
+    assert figure.get_figheight() < 4
+    figure, grid = panels.new_figure(2.0, 1, 3)
+    for axes in grid.flat:
+        made = axes.imshow(np.eye(4))
+    scale(figure, made, grid[0], Look("gray", 0, 1, "value"))
+    panels.finish(figure, "alt", "caption")
+    right = grid[0, 2].get_position()
+    assert 0 < figure.axes[3].get_position().x0 - right.x1 < 0.03
+
+
+def test_curves_and_tables_are_kept_as_csv(tmp_path):
+    folder = tmp_path / "figures"
+    draft = panels.Picture("", "", "", "", {})
+    curve = xr.DataArray([1.0, np.nan], {"x": ("x", [0.5, 1.5], {"units": "mm"})}, ("x",), attrs={"units": "K"})
+    other = xr.DataArray([3, 4], {"x": ("x", [0.5, 1.5], {"units": "mm"})}, ("x",), attrs={"units": "1"})
+    table = xr.DataArray([[1.0, 2.0]], {"column": ["a", "b"]}, ("group", "column"), attrs={"units": "1/m"})
+    plain = xr.DataArray(["u, v", "w", "z"], dims=("name",))
+    data = {"mean": curve, "count": other, "pairs": table, "words": plain, "map": xr.DataArray(np.eye(2))}
+    made = write_tables({"a/b": replace(draft, data=data), "maps": replace(draft, data={"m": data["map"]})}, tmp_path)
+    assert made == [folder / "a_b.csv"]
+    assert made[0].read_text() == (
+        "x (mm),mean (K),count,group (number),a (1/m),b (1/m),name (number),words\n"
+        '0.5,1.0,3,0,1.0,2.0,0,"u, v"\n1.5,,4,,,,1,w\n,,,,,,2,z\n'
+    )
+
+
+@pytest.mark.usefixtures("written")
+def test_the_csv_of_a_report_hold_its_figures(folder):
+    rows = list(csv.DictReader(io.StringIO((folder / "figures" / "fit.csv").read_text(encoding="utf-8"))))
+    assert [float(r["angle (degree)"]) for r in rows[:3]] == pytest.approx([0, 60, 120])
+    assert len([r for r in rows if r["ratio of each draw"]]) == 20
+    assert not (folder / "figures" / "images.csv").exists()
+    with xr.open_datatree(folder / "figures.nc", engine="h5netcdf") as tree:
+        assert tree["fit"]["ratio of each draw"].values.tolist() == [float(r["ratio of each draw"]) for r in rows]
 
 
 def test_figures_for_people():

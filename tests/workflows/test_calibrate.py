@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -39,8 +40,9 @@ from recon.workflows import pipeline, problem
 from recon.workflows.calibrate import Wanted, calibrate, calibration_of, campaign_of, failures, table
 from recon.workflows.calibration import FILE, findings, identity_of, read_calibration
 from recon.workflows.campaign import load_case, seeds_of
-from recon.workflows.cases import Campaign, Population, Posed, regions_of, thinned
+from recon.workflows.cases import TILES, Campaign, Population, Posed, regions_of, thinned, tile_means
 from recon.workflows.citation import calibration_for, cited, elsewhere, places
+from recon.workflows.outliers import as_csv, listed
 from recon.workflows.problem import prepare
 from recon.workflows.schema import load_workflow, workflow_model
 from recon.workflows.truths import posterior_of, prior_truth
@@ -193,10 +195,32 @@ def test_the_page_shows_it_and_stands_alone(exact: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(campaign_page, "finish", drawn)  # to turn figures into bytes takes seconds
     calibration = read_calibration(exact / FILE)
     calibration["populations"]["data"] |= {"assessment": None, "quantities": {}}
+    one = {"mean": 0.9, "error": 0.012, "cases": 20}
+    told = {
+        "stated": one,
+        "shown": {**one, "error": None},
+        "tolerance": 0.02,
+        "decision": "cannot say",
+        "cases_needed": 77,
+    }
+    fresh = {"cases": 20, "failed": 1, "intervals": {"90 % interval of each pixel": {"raw": told}}}
+    calibration["populations"]["prior"]["fresh"] = fresh
+    bad = listed([record_of(0, chi2=3.0), record_of(1, failed="lost & gone"), record_of(2), record_of(3)], 3)
+    calibration["populations"]["prior"]["listed"] = bad
     page = write_campaign(calibration, cited(calibration), command.WORDS, tmp_path).read_text()
     assert page.count("<img ") == page.count("<figcaption>") == 3
     assert "http" not in page and "<script" not in page and "Orange: outside the band" in page
     assert "105 cases: draws of the prior gaussian itself" in page and "share 0.4" in page
+    for words in (
+        "2 of 4 cases stand out",
+        "lost &amp; gone",
+        "3 (fresh)",
+        "cannot say: 77 cases",
+        "90.0 % ± 1.2",
+        "1 failed",
+    ):
+        assert words in page
+    assert page.index("lost &amp; gone") < page.index("χ²/m 3,") < page.rindex("The other")
     assert "Over all cases their ratio is 1.0" in page or "Over all cases their ratio is 0.9" in page
 
 
@@ -220,6 +244,56 @@ def test_an_overconfident_sampler_is_found_so_and_its_factors_make_new_cases_cov
         old = np.array([np.mean(np.array(n[name]) <= factor) for n in calibrating])
         error = normal_bound(4) * np.sqrt(inside.var(ddof=1) / 40 + old.var(ddof=1) / 40)
         assert raw.mean() < 0.8 and LEVEL - error < inside.mean() < LEVEL + 1 / 41 + error, name
+
+
+def test_fresh_cases_check_what_the_others_state_and_change_nothing_else(
+    narrow: Path, place: Path, tmp_path: Path
+) -> None:
+    checked = held(place, tmp_path / "c", "sampler.shrink=0.45", wanted=replace(SOME, fresh=25))
+    found, alone = (read_calibration(folder / FILE)["populations"]["prior"] for folder in (checked, narrow))
+    fresh = found.pop("fresh")
+    assert len(found.pop("listed")) == 65 and len(alone.pop("listed")) == 40
+    assert alone.pop("fresh") is None and found == alone
+    assert (fresh["cases"], fresh["failed"]) == (25, 0)
+    one, stretch = fresh["intervals"]["90 % interval of each pixel"], found["recalibrations"]["all"]["stretch"]
+    needs = [load_case(checked / "cases", "prior", case)["needs"]["all"] for case in range(65)]
+    raw, stretched = (np.array([np.mean(np.array(n) <= limit) for n in needs]) for limit in (0.0, stretch))
+    assert one["raw"]["stated"]["mean"] == pytest.approx(raw[:40].mean())
+    assert one["raw"]["shown"]["mean"] == pytest.approx(raw[40:].mean())
+    assert one["stretched"]["shown"]["mean"] == pytest.approx(stretched[40:].mean())
+    told = found["quantities"]["90 % interval of each pixel"]
+    assert told["stretched"] == one["stretched"]["stated"]
+    assert told["figures"]["coverage"] == pytest.approx(raw[:40].mean())
+    assert "90 % interval of each pixel, raw: states " in table(checked) and "fresh cases show" in table(checked)
+    said = cite(place, checked, "sampler.shrink=0.45")["quantities"]["90 % interval of each pixel"]
+    assert f"then {100 * told['stretched']['mean']:.1f} ± " in said["text"]
+
+
+def test_data_that_are_short_are_shared_between_cases_and_fresh_ones(place: Path) -> None:
+    workflow = load_workflow(place / "w.yaml", (), place)
+    (data,) = campaign_of(workflow, prepare(workflow), Wanted(30, "data", fresh=10)).populations
+    assert (data.cases, data.fresh, data.total) == (15, 4, 19)
+    with pytest.raises(InputError, match="fresh cases is 0 or more"):
+        Wanted(3, fresh=-1)
+
+
+def test_tiles_are_means_over_parts_of_the_image_that_hold_something() -> None:
+    rng = np.random.default_rng(0)
+    x, known = torch.tensor(5 + rng.normal(size=(3, 2, 12, 9))), torch.ones(2, 12, 9, dtype=torch.bool)
+    known[:, :4, :4] = False  # one tile is not known at all, another in part
+    x[:, 1, 4:8, 4:] *= 1e-3  # air
+    wanted = []
+    for image in range(2):
+        for rows in (range(4), range(4, 8), range(8, 12)):
+            for columns in (range(5), range(5, 9)):
+                inside = torch.zeros(2, 12, 9, dtype=torch.bool)
+                inside[image, rows.start : rows.stop, columns.start : columns.stop] = True
+                if bool((inside & known).any()) and (image, rows.start, columns.start) != (1, 4, 5):
+                    wanted.append(x[:, inside & known].mean(1))
+    torch.testing.assert_close(tile_means(x, known), torch.stack(wanted, 1))
+    assert tile_means(torch.ones(3, 128, 100), torch.ones(128, 100, dtype=torch.bool)).shape == (3, 64)
+    assert tile_means(torch.ones(3, 7), torch.ones(7, dtype=torch.bool)) is None
+    assert tile_means(torch.ones(3, 7, 7), torch.ones(7, 7, dtype=torch.bool)) is None
 
 
 def test_reports_cite_it_by_quantity(exact: Path, narrow: Path, place: Path, tmp_path: Path) -> None:
@@ -604,6 +678,71 @@ def test_truths_of_closed_forms_have_their_law() -> None:
     x = torch.stack([prior_truth(mixture, seed) for seed in range(400)])[:, 0]
     assert abs(float((x > 25).double().mean()) - 0.8) < normal_bound() * (0.16 / 400) ** 0.5
     assert float((x - 50.0 * (x > 25)).std()) == pytest.approx(1.0, abs=normal_bound() / 800**0.5)
+
+
+def test_tiles_are_judged_as_one_kind_of_interval(tmp_path: Path) -> None:
+    """Means of 8 tiles of 4 x 4 pixels under a white prior: covered as often as pixels, and kept as numbers of the case."""
+    space = Space.grid((8, 16), 1e-3, "1/m")
+    prior = GaussianPrior(torch.full((space.size,), 3.0), torch.ones(space.size).diag(), space)
+    operator = MatrixOperator(torch.eye(space.size)[:4], space)
+
+    def pose(case: int, *_: int) -> Posed:
+        truth = prior_truth(prior, case).float()
+        return Posed(truth, Posterior(prior, GaussianLikelihood(operator, torch.zeros(4), 100.0)), "a truth")
+
+    campaign = Campaign((Population("some", "made here", 12, pose),), Exact(), 40, seed=3)
+    engine.conduct(campaign, tmp_path, serial(1), DAY)
+    kept = load_case(tmp_path, "some", 1)
+    posed = pose(1)
+    x = sample(posed.posterior, Exact(), 40, seeds_of(3, "some", 1)[2]).x
+    means = tile_means(torch.cat([x, posed.truth[None]]), torch.ones(space.shape, dtype=torch.bool))
+    assert means.shape == (41, 8) and len(kept["needs"][TILES]) == 8
+    assert kept["record"]["hits"][TILES] == asdict(case_coverage(means[:-1], means[-1], LEVEL)["all"])
+    assert np.mean(np.array(kept["needs"][TILES]) <= 0) == kept["record"]["hits"][TILES]["inside"]
+    found = calibration_of(campaign, tmp_path, dict.fromkeys(("operator", "noise", "prior", "sampler"), ""))
+    tiles = found["populations"]["some"]["quantities"]["90 % interval of the mean of each tile"]
+    assert abs(tiles["figures"]["coverage"] - LEVEL) < normal_bound() * math.sqrt(0.09 / 96)
+
+
+def record_of(case: int, error: float = 1.0, chi2: float = 1.0, db: float = 30.0, failed: str = "") -> dict:
+    """A case file: spread 1, limits of chi2/m from 0.9 to 1.1."""
+    hits = None if failed else {"all": {"below": 0.05, "inside": 0.9, "above": 0.05}}
+    value = None if failed else 1.0
+    record = {"case": case, "hits": hits, "spread": value, "error": None if failed else error, "crps": value}
+    figures = {} if failed else {"chi2": chi2, "limits": [0.9, 1.1], "psnr": db}
+    return {"about": f"slice {case}", "record": {**record, "failed": failed}, "figures": figures}
+
+
+def test_outliers_come_first_and_say_what_they_are() -> None:
+    usual = [record_of(c, 1 + 0.01 * (c % 5), 1 + 0.002 * c, 30 + 0.1 * (c % 7)) for c in range(12)]
+    assert [row["why"] for row in listed(usual, 12)] == [[]] * 12
+    first = [(row["case"], row["named"]) for row in listed(usual, 12)[:2]]
+    assert first == [(0, ["the worst PSNR of all"]), (11, ["the largest χ²/m of all"])]
+    cases = [*usual, record_of(12, 9.0), record_of(13, chi2=1.3), record_of(14, db=22.0), record_of(15, chi2=0.8)]
+    rows = listed([*cases, record_of(16, failed="Diverged: at step 3")], 14)
+    found = {row["case"]: row for row in rows}
+    assert [row["case"] for row in rows[:5]] == [16, 13, 14, 12, 15] and rows[5]["why"] == []
+    assert found[16]["why"] == ["no numbers: Diverged: at step 3"]
+    assert found[12]["why"] == ["the error is 3 times the spread, where the median case has 1"]
+    assert found[13]["why"] == ["the data are not fitted: χ²/m 1.3, an exact sampler's lies in 0.9 to 1.1"]
+    assert found[14]["why"] == ["PSNR 22.00 dB, 8.15 dB below the median case"]
+    assert found[15]["why"][0].startswith("the noise is fitted: χ²/m 0.8")
+    assert found[13]["named"] == ["the largest χ²/m of all"] and found[14]["named"] == ["the worst PSNR of all"]
+    assert [found[case]["fresh"] for case in (13, 14)] == [False, True]
+    table = as_csv({"data": {"listed": rows}}).splitlines()
+    assert table[0] == "truths,case,about,fresh,chi2 per datum,psnr (dB),error over spread,covered,crps,why"
+    assert table[1] == "data,16,slice 16,True,,,,,,no numbers: Diverged: at step 3" and len(table) == 18
+    # Few cases have no quartiles, and old files no figures: nothing is made up.
+    assert listed([record_of(0, 9.0, db=1.0), {**record_of(1), "figures": {}}], 2)[0]["why"] == []
+
+
+def test_a_case_keeps_its_fit_and_its_likeness(whole: Path) -> None:
+    kept = load_case(whole / "cases", "data", 0)["figures"]
+    assert kept["limits"][0] < 1 < kept["limits"][1] and kept["chi2"] > 0 and math.isfinite(kept["psnr"])
+    rows = read_calibration(whole / FILE)["populations"]["data"]["listed"]
+    assert {row["case"]: row["chi2"] for row in rows}[0] == kept["chi2"] and len(rows) == 4
+    lines = (whole / "cases.csv").read_text().splitlines()
+    assert len(lines) == 9 and {line.split(",")[0] for line in lines[1:]} == {"prior", "data"}
 
 
 def test_regions() -> None:
