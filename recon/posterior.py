@@ -13,6 +13,7 @@ from recon.errors import InputError
 from recon.likelihoods import Likelihood
 from recon.operators.base import LinearOperator
 from recon.priors.base import Prior
+from recon.priors.closed import closed_form, components
 from recon.priors.gaussian import GaussianPrior
 from recon.priors.mixture import GaussianMixturePrior
 from recon.space import Space
@@ -95,32 +96,40 @@ class Posterior:
         return operator.A_adjoint(y)
 
     def exact(self) -> GaussianPrior | GaussianMixturePrior:
-        """The posterior itself, for a Gaussian or Gaussian-mixture prior with a linear Gaussian likelihood.
+        """The posterior itself, for a closed-form prior with a linear Gaussian likelihood; over physical arrays.
 
         Gaussian: ``C' = (C^-1 + A^T S^-1 A)^-1``, ``m' = m + C' A^T S^-1 (y - A m)``; a mixture is reweighted by each
-        component's evidence ``N(y; A m_k, A C_k A^T + S)``.  Raises InputError where no closed form exists.
+        component's evidence ``N(y; A m_k, A C_k A^T + S)``.  Closed forms: Gaussians and their mixtures, stationary ones, and
+        volumes of independent slices of them (``priors.closed``), small enough for dense matrices.
+        Raises InputError where there is none.
         """
         gaussian = self.likelihood.gaussian()
         operator = gaussian.linear("Posterior.exact")
+        prior = self.prior
+        law = closed_form(prior)
+        if law is None or not prior.affine:
+            raise InputError(
+                f"prior {prior.card.name!r} has no closed-form posterior; only Gaussians, their mixtures and volumes of such "
+                "slices do"
+            )
         matrix = dense(operator).double()
         noise = _parts(gaussian.sigma.double().expand(operator.range.shape) ** 2, operator.range)
         y = gaussian.measured.double().reshape(-1)
-        prior = self.prior
-        if isinstance(prior, GaussianPrior):
-            mean, covariance, _ = _condition(prior.mean.double(), prior.covariance().double(), matrix, noise, y)
-            return GaussianPrior(mean, covariance, self.space)
-        if isinstance(prior, GaussianMixturePrior):
-            parts = [
-                _condition(m.double(), prior.covariance(k).double(), matrix, noise, y)
-                for k, m in enumerate(prior.means)
-            ]
-            log_weights = prior.log_weights.double() + torch.stack([evidence for _, _, evidence in parts])
-            weights = torch.softmax(log_weights, 0).clamp(min=1e-300)
-            means, covariances = torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts])
-            return GaussianMixturePrior(means, covariances, weights / weights.sum(), self.space)
-        raise InputError(
-            f"prior {prior.card.name!r} has no closed-form posterior; only Gaussians and their mixtures do"
-        )
+        # x = b + s z, entry by entry.
+        ones = torch.ones(1, *prior.latent.shape, dtype=torch.float64, device=prior.device)
+        b, s = (f.reshape(-1) for f in (prior.decode(0 * ones), prior.decode_linear(ones)))
+        parts = [
+            (
+                log_weight.double(),
+                *_condition(b + s * mean.double(), s[:, None] * covariance.double() * s, matrix, noise, y),
+            )
+            for log_weight, mean, covariance in components(law)
+        ]
+        if isinstance(law, GaussianPrior):
+            return GaussianPrior(parts[0][1], parts[0][2], self.space)
+        weights = torch.softmax(torch.stack([part[0] + part[3] for part in parts]), 0).clamp(min=1e-300)
+        means, covariances = torch.stack([p[1] for p in parts]), torch.stack([p[2] for p in parts])
+        return GaussianMixturePrior(means, covariances, weights / weights.sum(), self.space)
 
 
 def dense(operator: LinearOperator) -> Tensor:
