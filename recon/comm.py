@@ -148,6 +148,14 @@ class Comm:
             return Comm(draws, slab)
         return Comm(axis, self.slab)
 
+    def everyone(self, value: Any) -> list[Any]:  # noqa: ANN401  (any picklable value)
+        """The value of every process, on both axes, in one order; collective."""
+        return [one for row in self.slab.allgather(self.draws.allgather(value)) for one in row]
+
+    def barrier(self) -> None:
+        """Wait for all processes, on both axes."""
+        self.everyone(None)
+
     def owned(self, blocks: int) -> range:
         """The blocks of this rank, dealt like cards: rank, rank + size, ..."""
         return range(self.draws.rank, blocks, self.draws.size)

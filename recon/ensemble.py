@@ -168,6 +168,15 @@ class Ensemble:
         """
         import xarray as xr
 
+        groups = self.groups(provenance)
+        tree = xr.DataTree.from_dict(groups)
+        packing = {"zlib": True, "complevel": 1, "shuffle": True, "fletcher32": True}
+        encoding = {place: {name: packing for name in group.data_vars} for place, group in groups.items()}
+        with written_aside(Path(path)) as aside:
+            tree.to_netcdf(aside, engine="h5netcdf", encoding=encoding)
+
+    def groups(self, provenance: Mapping[str, Any] | None = None) -> dict[str, xr.Dataset]:
+        """What ``save`` writes: a dataset for each group of the file, "/" the root."""
         flat = self.to_xarray()
         root = flat.drop_vars(["value", "log_weight", "draw"])
         root.attrs["provenance"] = json.dumps(dict(provenance or {}), default=str, sort_keys=True)
@@ -178,11 +187,7 @@ class Ensemble:
         steps = self._per_step()
         if steps is not None:
             groups["/particles"] = steps
-        tree = xr.DataTree.from_dict(groups)
-        packing = {"zlib": True, "complevel": 1, "shuffle": True, "fletcher32": True}
-        encoding = {place: {name: packing for name in group.data_vars} for place, group in groups.items()}
-        with written_aside(Path(path)) as aside:
-            tree.to_netcdf(aside, engine="h5netcdf", encoding=encoding)
+        return groups
 
     @classmethod
     def load(cls, path: str | Path) -> Ensemble:

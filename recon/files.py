@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from recon.errors import ReconError
 
 
 @contextmanager
@@ -24,6 +27,25 @@ def written_aside(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """Say what a full disk, or one's quota of it, means for a run whose files go to ``folder``.  Raises ReconError then."""
+    try:
+        yield
+    except OSError as error:
+        # HDF5 tells the number of the error in its text only.
+        told = any(f"errno = {number}," in str(error) for number in _FULL)
+        if error.errno not in _FULL and not told:
+            raise
+        raise ReconError(
+            f"no room left on the disk of {folder} ({os.strerror(error.errno or errno.ENOSPC)}). What was finished before is "
+            "untouched: free some space (or raise the quota), then go on from the last checkpoint with: recon resume"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ last complete checkpoint readable.  A run is complete when its DONE.json is ther
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import sys
@@ -19,12 +20,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from recon.comm import Comm
 from recon.errors import InputError, Stopped
 from recon.files import sha256, sync_folder, write_json, write_text, written_aside
+from recon.operators.streamed import Stream, Streamed, linked
 from recon.samplers.base import State
 
 _MARK = "config.resolved.yaml"
@@ -97,10 +100,14 @@ class Checkpoints:
     """Checkpoints of one run, and the decision when to write one or to stop; what ``sample`` calls ``run``.
 
     identity: a hash of everything the states depend on; a checkpoint with another one is refused.  every: seconds.
+    stream: of volumes that stay on disk, whose files are linked and not copied.
     """
 
-    def __init__(self, folder: Path, comm: Comm, identity: str, every: float = 60.0) -> None:
+    def __init__(
+        self, folder: Path, comm: Comm, identity: str, every: float = 60.0, stream: Stream | None = None
+    ) -> None:
         self.folder, self.comm, self.identity, self.every = Path(folder), comm, identity, every
+        self.stream = stream
         self.stop = False
         self.progress = Progress() if comm.root else None
         self._last = time.monotonic()
@@ -125,13 +132,15 @@ class Checkpoints:
             )
         states = {}
         for b in owned:
-            path = self.folder / manifest["step_folder"] / _name(b)
+            path = self.folder / manifest["step_folder"] / self._name(b)
             try:
-                if sha256(path) != manifest["blocks"][str(b)]:
+                if sha256(path) != manifest["blocks"][path.name]:
                     raise InputError(
                         f"checkpoint {path} is damaged (its sha256 is not the manifest's); start a new run"
                     )
-                states[b] = State.from_tensors(load_file(path))
+                fields = manifest["fields"].get(path.name, {})
+                streamed = {name: self._field(path, name, *kind) for name, kind in fields.items()}
+                states[b] = State.from_tensors({**load_file(path), **streamed})
             except (OSError, KeyError, SafetensorError) as error:
                 raise InputError(f"checkpoint {path} cannot be read: {error}; start a new run") from error
         return int(manifest["step"]), states
@@ -139,7 +148,7 @@ class Checkpoints:
     def after_step(self, done: int, steps: int, states: dict[int, State]) -> None:
         """Show progress; write a checkpoint when one is due; raise Stopped (after one) when any rank was asked to stop."""
         due = self.comm.root and time.monotonic() - self._last >= self.every
-        asked = self.comm.draws.allgather((self.stop, due))
+        asked = self.comm.everyone((self.stop, due))
         stop = any(s for s, _ in asked)
         if self.progress:
             self.progress.show(done, steps)
@@ -157,22 +166,41 @@ class Checkpoints:
         place = self.folder / name
         if self.comm.root:
             place.mkdir(parents=True, exist_ok=True)
-        self.comm.draws.barrier()
-        sums = {}
+        self.comm.barrier()
+        sums, fields = {}, {}
         for b, state in states.items():
-            with written_aside(place / _name(b)) as aside:
-                save_file({key: value.contiguous() for key, value in state.tensors().items()}, aside)
-            sums[str(b)] = sha256(place / _name(b))
-        everyone = self.comm.draws.allgather(sums)
+            path, tensors = place / self._name(b), state.tensors()
+            streamed = {key: value for key, value in tensors.items() if isinstance(value, Streamed)}
+            for key, value in streamed.items():
+                linked(value, _beside(path, key))
+            with written_aside(path) as aside:
+                save_file({key: value.contiguous() for key, value in tensors.items() if key not in streamed}, aside)
+            sums[path.name] = sha256(path)
+            fields[path.name] = {k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in streamed.items()}
+        everyone = self.comm.everyone((sums, fields))
         if self.comm.root:
-            blocks = {b: digest for part in everyone for b, digest in part.items()}
-            content = {"identity": self.identity, "step": step, "step_folder": name, "blocks": blocks}
+            blocks, kept = ({b: one for part in everyone for b, one in part[i].items()} for i in (0, 1))
+            content = {"identity": self.identity, "step": step, "step_folder": name, "blocks": blocks, "fields": kept}
             sync_folder(self.folder)
             write_json(self.manifest, content)
             for old in self.folder.glob("step-*"):
                 if old.name != name:
                     shutil.rmtree(old, ignore_errors=True)
-        self.comm.draws.barrier()
+        self.comm.barrier()
+
+    def _name(self, block: int) -> str:
+        """The file of a block, or of this rank's part of its volumes."""
+        part = f".slab-{self.comm.slab.rank}" if self.comm.slab.size > 1 else ""
+        return f"block-{block:05d}{part}.safetensors"
+
+    def _field(self, path: Path, name: str, shape: list[int], dtype: str) -> Streamed:
+        """A tensor that stays on disk.  Raises InputError when its file is not whole, or the run keeps none there."""
+        file, kind = _beside(path, name), getattr(torch, dtype)
+        if self.stream is None:
+            raise InputError(f"{path} is of volumes that stay on disk; give run.memory_gb as it was, or start a new run")
+        if not file.is_file() or file.stat().st_size != math.prod(shape) * kind.itemsize:
+            raise InputError(f"checkpoint {file} is damaged (it is not {shape} of {dtype}); start a new run")
+        return self.stream.taken(file, shape, kind)
 
     @contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
@@ -216,8 +244,8 @@ class Progress:
             self.last = now
 
 
-def _name(block: int) -> str:
-    return f"block-{block:05d}.safetensors"
+def _beside(path: Path, name: str) -> Path:
+    return path.with_name(f"{path.stem}.{name}.bin")
 
 
 def _clock(seconds: float) -> str:

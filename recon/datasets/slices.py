@@ -33,8 +33,10 @@ class SliceCard(BaseModel):
 
     file: absolute, or relative to the folder RECON_DATA.  key: the array (slice, y, x).  unit: of the stored values; HU =
     slope * value + intercept.  saturated_from: stored values from here on stand for "at least this".  pixel_mm: side of a
-    stored pixel, a number or the key of one number per slice times ``pixel_factor``.  group_key: labels within which slices
-    are ordered.  validation: share at the end of each group that is held out.  use: "test" files are never trained on.
+    stored pixel, a number or the key of one number per slice times ``pixel_factor``.  slice_mm: distance of neighbours, where
+    the slices are one volume from the first to the last; left out where they are not.  bottom_up: rows are stored from the
+    lower end of the image.  group_key: labels within which slices are ordered.  validation: share at the end of each group that
+    is held out.  use: "test" files are never trained on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +53,8 @@ class SliceCard(BaseModel):
     pixel_mm: float | str
     pixel_factor: float = 1.0
     pixel_note: str = ""
+    slice_mm: float | None = Field(default=None, gt=0.0)
+    bottom_up: bool = False
     group_key: str | None = None
     validation: float = Field(default=0.0, ge=0.0, lt=1.0)
     use: Literal["train", "test"] = "train"
@@ -106,16 +110,17 @@ def area_mean(values: np.ndarray, factor: int) -> np.ndarray:
     return blocks.mean(axis=(-3, -1), dtype=np.float32)
 
 
-def load_slices(card: SliceCard, part: Part) -> Slices:
+def load_slices(card: SliceCard, part: Part, chosen: slice = slice(None), path: Path | None = None) -> Slices:
     """One part of a data set, checked against its card.
 
-    part: "train" or "validation" of a training file by the card's rule, "test" for the whole of a test file.
+    part: "train" or "validation" of a training file by the card's rule, "test" for the whole of a test file.  chosen: some
+    slices of it; no others are read.  path: of the file, from ``locate``, where it was checked before.
 
     Raises InputError when the file is missing, its sha256 is not the card's, or the part does not exist.
     """
     if (part == "test") != (card.use == "test"):
         raise InputError(f"{card.name} is for {card.use}; it has no part {part!r}")
-    path = locate(card.name, card.file, card.sha256, card.source)
+    path = path or locate(card.name, card.file, card.sha256, card.source)
     import h5py
 
     with h5py.File(path, "r") as file:
@@ -124,14 +129,30 @@ def load_slices(card: SliceCard, part: Part) -> Slices:
         count = len(file[card.key])
         groups = np.zeros(count, int) if card.group_key is None else np.asarray(file[card.group_key])
         rows = np.arange(count) if part == "test" else _part(groups, card.validation, part == "validation")
-        stored = file[card.key][:][rows]
+        rows = rows[chosen]
+        low, high = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+        stored = file[card.key][low:high][rows - low]
         if isinstance(card.pixel_mm, str):
             pixel = np.asarray(file[card.pixel_mm], np.float64)[rows] * card.pixel_factor
         else:
             pixel = np.full(len(rows), card.pixel_mm * card.pixel_factor)
     valid = None if card.saturated_from is None else stored < card.saturated_from
     hu = card.slope * stored.astype(np.float32) + card.intercept
+    if card.bottom_up:
+        hu, valid = hu[:, ::-1], None if valid is None else valid[:, ::-1]
     return Slices(card.name, attenuation(hu), valid, pixel * 1e-3)
+
+
+def count_slices(card: SliceCard, path: Path) -> int:
+    """How many slices the held-out part of a data set (all of a test file) has.  path: of the file, from ``locate``."""
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        if card.key not in file:
+            raise InputError(f"{path} has no array {card.key!r}; it has {sorted(file)}")
+        count = len(file[card.key])
+        groups = np.zeros(count, int) if card.group_key is None else np.asarray(file[card.group_key])
+    return count if card.use == "test" else len(_part(groups, card.validation, True))
 
 
 def read_dicom(path: Path) -> Slices:

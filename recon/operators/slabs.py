@@ -53,7 +53,7 @@ class Slab:
                 f"them; use at most {self.slices}"
             )
         self.first, self.last = rank * self.slices // size, (rank + 1) * self.slices // size
-        self.space = _part(whole, self.at, slice(self.first, self.last))
+        self.space = portion(whole, self.at, slice(self.first, self.last))
         self.traffic: Counter[str] = Counter()
         self._thread: int | None = None
 
@@ -84,10 +84,11 @@ class Slab:
         x: (n, *space.shape).  below, above: which are wanted, the same on every rank.  None where they are not, and at the
         ends of a volume that is not periodic.
         """
-        one, size = 1 + self.at, self.ranks.size
-        start, end = x.select(one, 0), x.select(one, -1)
+        size = self.ranks.size
         if self.alone:
-            return (end if below and periodic else None), (start if above and periodic else None)
+            ends = (below and periodic, above and periodic)
+            return (self.end(x, True) if ends[0] else None), (self.end(x, False) if ends[1] else None)
+        start, end = self.end(x, False), self.end(x, True)
         self._mine()
         down, up = self.ranks.rank - 1, self.ranks.rank + 1
         lower = down % size if periodic or down >= 0 else None
@@ -109,6 +110,16 @@ class Slab:
         self.traffic["slices"] += arrived * len(x)
         self.traffic["bytes"] += arrived * wide
         return received[0], received[1]
+
+    def end(self, x: Tensor, last: bool) -> Tensor:
+        """The first or the last slice of this rank's part: (n, *space.shape) -> (n, *slice)."""
+        return x.select(1 + self.at, -1 if last else 0)
+
+    def shifted(self, x: Tensor, by: int, end: Tensor) -> Tensor:
+        """Slice ``k + by`` in place of slice ``k``, with ``end`` where there is none: by is 1 or -1."""
+        at, n = 1 + self.at, x.shape[1 + self.at]
+        kept = x.narrow(at, max(by, 0), n - 1)
+        return torch.cat([kept, end.unsqueeze(at)] if by > 0 else [end.unsqueeze(at), kept], at)
 
     def parts(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner products slice by slice: (n, *space.shape) twice -> (n, slices of this rank), float64."""
@@ -207,7 +218,7 @@ class AxisDifference(LinearOperator):
         g = self._scaled(self._scaled(self._raised(x, above) - x))
         if below is not None:
             square = self.inverse[0]
-            below = ((x.select(1 + self.slab.at, 0) - below) * square) * square
+            below = ((self.slab.end(x, False) - below) * square) * square
         return self._lowered(g, below) - g
 
     def _scaled(self, differences: Tensor) -> Tensor:
@@ -218,15 +229,11 @@ class AxisDifference(LinearOperator):
 
     def _raised(self, x: Tensor, above: Tensor | None) -> Tensor:
         """The slice after each; the last one's own where there is none."""
-        at = 1 + self.slab.at
-        after = x.select(at, -1) if above is None else above
-        return torch.cat([x.narrow(at, 1, x.shape[at] - 1), after.unsqueeze(at)], at)
+        return self.slab.shifted(x, 1, self.slab.end(x, True) if above is None else above)
 
     def _lowered(self, g: Tensor, below: Tensor | None) -> Tensor:
         """The slice before each; zero where there is none."""
-        at = 1 + self.slab.at
-        before = torch.zeros_like(g.select(at, 0)) if below is None else below
-        return torch.cat([before.unsqueeze(at), g.narrow(at, 0, g.shape[at] - 1)], at)
+        return self.slab.shifted(g, -1, torch.zeros_like(self.slab.end(g, False)) if below is None else below)
 
 
 def _inverse_steps(slab: Slab, periodic: bool) -> np.ndarray:
@@ -245,7 +252,8 @@ def _inverse_steps(slab: Slab, periodic: bool) -> np.ndarray:
     return np.append(1 / steps, 1 / steps.mean() if periodic else 0.0)
 
 
-def _part(whole: Space, at: int, part: slice) -> Space:
+def portion(whole: Space, at: int, part: slice) -> Space:
+    """The space of some slices of volumes across their axis number ``at``."""
     name = whole.dims[at]
     shape = tuple(len(range(n)[part]) if i == at else n for i, n in enumerate(whole.shape))
     coords = {dim: values[part] if dim == name else values for dim, values in whole.coords.items()}

@@ -17,7 +17,8 @@ from recon.operators.base import LinearOperator
 from recon.operators.cg import CG
 from recon.operators.planar import PlanarBeam
 from recon.operators.sequence import Sequence as Frames
-from recon.operators.slabs import Slab
+from recon.operators.slabs import Slab, portion
+from recon.operators.streamed import Streamed
 from recon.space import Space
 
 
@@ -88,20 +89,42 @@ class SliceStack(LinearOperator):
 
     def unfolded(self, slices: Tensor) -> Tensor:
         """The inverse of ``folded``."""
-        return slices.reshape(-1, self.count, *slices.shape[1:]).movedim(1, 1 + self.at).contiguous()
+        return self._stood(slices, self.count)
+
+    def _stood(self, slices: Tensor, count: int) -> Tensor:
+        """As volumes of ``count`` slices, which may be a part of them."""
+        return slices.reshape(-1, count, *slices.shape[1:]).movedim(1, 1 + self.at).contiguous()
+
+    def _only(self) -> LinearOperator:
+        """The operator of all slices of volumes that stay on disk.  Raises InputError where slices have their own."""
+        if self.one is None:
+            raise InputError(f"{self.describe()}: volumes that stay on disk take one operator for all slices")
+        return self.one
 
     def apply(self, x: Tensor) -> Tensor:
+        if isinstance(x, Streamed):
+            only = self._only()
+            return x.each(
+                lambda part: only.apply(self.folded(part)).reshape(len(part), -1, *only.range.shape),
+                -len(self.range.shape),
+            )
         if self.one is not None:
             return self.one.apply(self.folded(x)).reshape(-1, *self.range.shape)
         return self.frames.apply(x.movedim(1 + self.at, 1))
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
+        if isinstance(y, Streamed):
+            only = self._only()
+            return y.each(lambda part: self._stood(only.apply_adjoint(part.flatten(0, 1)), part.shape[1]))
         if self.one is not None:
             return self.unfolded(self.one.apply_adjoint(y.flatten(0, 1)))
         return self.frames.apply_adjoint(y).movedim(1, 1 + self.at).contiguous()
 
     def normal(self, x: Tensor) -> Tensor:
         batch = self.domain.require(tuple(x.shape), f"{self.describe()}.normal")
+        if isinstance(x, Streamed):
+            only = self._only()
+            return x.each(lambda part: self._stood(only.normal(self.folded(part)), part.shape[1 + self.at]))
         flat = x.reshape(-1, *self.domain.shape)
         if self.one is not None:
             out = self.unfolded(self.one.normal(self.folded(flat)))
@@ -122,6 +145,8 @@ class SliceStack(LinearOperator):
 
         ``watch`` counts a use for one draw whenever all slices of it have been worked on.
         """
+        if isinstance(b, Streamed):
+            return self._solved_by_parts(b, c, weight, cg, watch)
         together = self._same(weight)
         if self.one is not None and together:
             own = None if weight is None else weight.expand(self.range.shape)[0]
@@ -131,6 +156,19 @@ class SliceStack(LinearOperator):
             return self.unfolded(self.one.solve(self.folded(b), c, own, start, cg, told))
         moved = b.movedim(1 + self.at, 1), None if x0 is None else x0.movedim(1 + self.at, 1)
         return self.frames.solve(moved[0], c, weight, moved[1], cg, watch).movedim(1, 1 + self.at).contiguous()
+
+    def _solved_by_parts(
+        self, b: Streamed, c: float, weight: Tensor | None, cg: CG | None, watch: Callable[[int], None] | None
+    ) -> Tensor:
+        """``solve`` of volumes that stay on disk, from zero; ``watch`` counts the uses for the first part."""
+        only, right = self._only(), b.stored()
+
+        def solved(first: int, last: int) -> Tensor:
+            part = SliceStack(only, portion(self.domain, self.at, slice(first, last)), self.axis)
+            own = weight.read(first, last) if isinstance(weight, Streamed) else weight
+            return part.solve(right.read(first, last), c, own, None, cg, watch if first == 0 else None)
+
+        return b.stream.kept(solved)
 
     def _same(self, weight: Tensor | None) -> bool:
         """Whether all slices are weighed alike."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from recon.errors import InputError
+from recon.operators.streamed import Streamed
 from recon.priors.base import Card, Prior
 from recon.priors.compute import in_chunks, require_chunk
 from recon.priors.superposition import ScoreSum, equal_shares, log_density
@@ -69,14 +70,19 @@ class SlicesPrior(Prior):
         return self.space.shape[self.axis]
 
     def predict(self, z: Tensor, sigma: Tensor) -> Tensor:
-        """All slices of all draws in one batch, or in chunks of it; differentiable as the prior is."""
+        """All slices of all draws in one batch, or in chunks of it; differentiable as the prior is.
+
+        Volumes that stay on disk are denoised part by part.
+        """
+        if isinstance(z, Streamed):
+            return z.each(lambda part: self.predict(part, sigma))
         images, levels = self.folded(z, sigma)
         answer = in_chunks(self.prior.predict, images, levels, self.chunk, self.recompute)
-        return answer.reshape(len(z), self.slices, *self.prior.latent.shape).movedim(1, 1 + self.axis)
+        return answer.reshape(len(z), -1, *self.prior.latent.shape).movedim(1, 1 + self.axis)
 
     def folded(self, z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The slices as a batch (n slices, *prior.latent.shape), those of a draw side by side, and their levels."""
-        return z.movedim(1 + self.axis, 1).flatten(0, 1), sigma.repeat_interleave(self.slices)
+        return z.movedim(1 + self.axis, 1).flatten(0, 1), sigma.repeat_interleave(z.shape[1 + self.axis])
 
 
 @log_density.register

@@ -193,7 +193,8 @@ class _Lost:
     def note(self, states: dict[int, State], k: int) -> None:
         """Look at the states after step ``k``; raise Diverged at once when draws meet or nothing is left to compute."""
         for b, state in states.items():
-            if not bool(torch.isfinite(state.z).all()) or bool(torch.isnan(state.log_w).any()):
+            lost = not bool(torch.isfinite(state.z).all()) or bool(torch.isnan(state.log_w).any())
+            if self.comm.slab.any(lost):  # the ranks of one volume go on together or not at all
                 self.at[b] = k
                 log.warning("%s", self.describe(b))
         everyone = self.comm.draws.any(bool(self.at)) if self.sampler.couples else False

@@ -20,6 +20,7 @@ from recon.operators.parallel_beam import ParallelBeam
 from recon.operators.planar import PlanarBeam
 from recon.workflows.problem import Job
 from recon.workflows.schema import Baseline, Workflow
+from recon.workflows.volumes import beam
 
 _WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the TV term, m (per unit of attenuation)
 _SOLVER = TVSolver(iterations=600, tolerance=3e-2)
@@ -27,7 +28,7 @@ _SOLVER = TVSolver(iterations=600, tolerance=3e-2)
 
 def suited(operator: LinearOperator) -> tuple[Baseline, ...]:
     """The conventional reconstructions of an operator's field."""
-    if isinstance(operator, ParallelBeam | FanBeam):
+    if isinstance(beam(operator), ParallelBeam | FanBeam):
         return ("fbp", "tv")
     if isinstance(operator, CartesianMRI | NonCartesianMRI):
         return ("zero_filled", "sense")
@@ -45,8 +46,8 @@ def _require(asked: tuple[Baseline, ...], job: Job, key: str) -> None:
     """InputError naming the workflow's ``key`` for baselines that cannot be made of the operator's data."""
     mri = isinstance(job.operator, CartesianMRI | NonCartesianMRI)
     fits = {
-        "fbp": isinstance(job.operator, ParallelBeam | FanBeam),
-        "tv": isinstance(job.operator, PlanarBeam),
+        "fbp": isinstance(beam(job.operator), ParallelBeam | FanBeam),
+        "tv": isinstance(beam(job.operator), PlanarBeam),
         "zero_filled": mri,
         "sense": mri,
         "least_squares": True,
@@ -120,7 +121,7 @@ def matched_tv(job: Job, likelihood: GaussianLikelihood) -> Tensor:
 
 
 _MAKERS: Mapping[str, tuple[str, Callable[[Job, GaussianLikelihood], Tensor]]] = {
-    "fbp": ("FBP", lambda job, like: fbp(job.operator, like.y)),  # type: ignore[arg-type]  # seen to by ``chosen``
+    "fbp": ("FBP", lambda job, like: fbp(beam(job.operator), like.y)),  # type: ignore[arg-type]  # seen to by ``chosen``
     "tv": ("TV", matched_tv),
     "zero_filled": ("zero-filled", lambda job, like: adjoint_recon(job.operator, like.y)),  # type: ignore[arg-type]
     "sense": ("SENSE", lambda job, like: cg_sense(job.operator, like.y, 20)),  # type: ignore[arg-type]

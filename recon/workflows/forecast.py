@@ -14,16 +14,20 @@ from recon.workflows.problem import Job
 from recon.workflows.schema import Workflow
 
 
-def forecast(workflow: Workflow, job: Job, comm: Comm) -> str:
-    """The text of ``recon check``; computes one sampler step of one block.  Raises CheckFailed for a wrong transpose."""
+def forecast(workflow: Workflow, job: Job, comm: Comm, growth: float = 1.0, memory: str | None = None) -> str:
+    """The text of ``recon check``; computes one sampler step of one block.  Raises CheckFailed for a wrong transpose.
+
+    growth: how many times the work of ``job`` the run is.  memory: what it takes, where that is not seen from ``job``.
+    """
     operator, sampler = job.operator, job.sampler
     block = workflow.block or default_block(job.posterior)
     pieces = blocks(workflow.draws, block)
     per_worker = math.ceil(math.ceil(len(pieces) / comm.draws.size) / comm.workers)
     seconds = _step_seconds(job, Draws(workflow.seed, pieces[0]))
-    total = seconds * sampler.steps * per_worker
-    values = workflow.draws * job.posterior.space.size
+    total = growth * seconds * sampler.steps * per_worker
+    values = growth * workflow.draws * job.posterior.space.size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    held = 0.2 * comm.workers
     rows = [
         ("data", job.notes.get("data", "")),
         ("operator", operator.describe()),
@@ -38,8 +42,8 @@ def forecast(workflow: Workflow, job: Job, comm: Comm) -> str:
             "layout",
             f"{comm.draws.size} ranks x {comm.workers} threads, at most {per_worker} blocks one after the other",
         ),
-        ("memory", f"about {peak + 0.2 * comm.workers:.1f} GiB a rank ({peak:.1f} GiB now, with one block worked on)"),
-        ("time", f"about {_clock(total)} ({seconds:.2f} s a step and block), and the baselines"),
+        ("memory", memory or f"about {peak + held:.1f} GiB a rank ({peak:.1f} GiB now, with one block worked on)"),
+        ("time", f"about {_clock(total)} ({growth * seconds:.2f} s a step and block), and the baselines"),
         ("ensemble.nc", f"about {max(0.1, values * 4 / 2**20):.1f} MiB"),
         *[("warning", text) for text in job.warnings],
     ]

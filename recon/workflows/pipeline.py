@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shutil
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,9 +16,11 @@ from torch import Tensor
 from recon import comm as ranks
 from recon.comm import Comm
 from recon.datasets.fields import FieldCard
+from recon.datasets.observation import Observation
 from recon.diagnostics.fit import data_fit
 from recon.ensemble import Ensemble
 from recon.errors import Diverged, InputError
+from recon.files import room
 from recon.operators.base import LinearOperator
 from recon.operators.fan_beam import FanGeometry
 from recon.operators.parallel_beam import ParallelGeometry
@@ -26,12 +29,14 @@ from recon.report import Evidence, affordable_split, examined, write_report
 from recon.runs import Checkpoints, RunFolder
 from recon.samplers import sample
 from recon.samplers.loop import describe
+from recon.workflows import chunked
 from recon.workflows.citation import calibration_for, places
 from recon.workflows.comparison import baselines, chosen
 from recon.workflows.problem import Job, prepare
 from recon.workflows.provenance import environment, identity, weights_sha256
 from recon.workflows.schema import Workflow, load_workflow, resolved
 from recon.workflows.start import started
+from recon.workflows.volumes import SHOWN, beam, cut, gathered, is_volume, scratch_of, shown, stream_of
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +52,21 @@ def run(
 
     Everything is read and checked before the folder is made.  Raises InputError for what does not fit, Stopped at a checkpoint.
     """
-    comm = ranks.from_environment()
     workflow = load_workflow(path, overrides, workspace)
+    comm = cut(ranks.from_environment(), workflow)
     folder = RunFolder(Path(out) if out is not None else Path("runs") / Path(path).stem)
     folder.refuse_existing(overwrite)
-    job = prepare(workflow, warm=True)
+    job = _prepared(workflow, comm, folder)
     chosen(workflow, job)  # refuses what the operator cannot have
     job = started(workflow, job)
     facts = environment(comm)
-    comm.draws.barrier()  # nobody looks at the folder any more
+    comm.barrier()  # nobody looks at the folder any more
     if comm.root:
         asked = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else resolved(workflow)
         folder.create(asked, resolved(workflow), facts, overwrite)
-        job.measurement.save(folder.measurement)
-    comm.draws.barrier()
+        with room(folder.path):
+            _save_measurement(workflow, job, folder, comm)
+    comm.barrier()
     return _carry_out(workflow, job, folder, comm, facts, workspace)
 
 
@@ -70,16 +76,20 @@ def resume(path: str | Path) -> Path:
     folder.require_run()
     if folder.done.exists():
         return folder.path
-    comm = ranks.from_environment()
     workflow = load_workflow(folder.config)
-    return _carry_out(workflow, started(workflow, prepare(workflow, warm=True)), folder, comm, environment(comm))
+    comm = cut(ranks.from_environment(), workflow)
+    job = started(workflow, _prepared(workflow, comm, folder))
+    return _carry_out(workflow, job, folder, comm, environment(comm))
 
 
 def check(path: str | Path, overrides: Iterable[str] = (), workspace: str | Path | None = None) -> str:
     """What a workflow would do, found out without doing it: shapes, norm, adjoint test, ranks, memory, size, time."""
     from recon.workflows.forecast import forecast
+    from recon.workflows.forecast_volume import forecast_volume
 
     workflow = load_workflow(path, overrides, workspace)
+    if is_volume(workflow):
+        return forecast_volume(workflow, ranks.from_environment())
     return forecast(workflow, started(workflow, prepare(workflow, warm=True)), ranks.from_environment())
 
 
@@ -89,7 +99,7 @@ def report(path: str | Path) -> Path:
     folder.require_run()
     if not folder.ensemble.exists():
         raise InputError(f"{folder.path} has no ensemble yet; go on with: recon resume {folder.path}")
-    return write_report(Evidence.load(folder.path), folder.path)
+    return write_report(Evidence.load(_shown_at(folder)), folder.path)
 
 
 def _carry_out(
@@ -101,10 +111,11 @@ def _carry_out(
     workspace: str | Path | None = None,
 ) -> Path:
     """Sample, compare, explain; only rank 0 writes what is not a checkpoint."""
-    checkpoints = Checkpoints(folder.checkpoints, comm, identity(workflow, job), workflow.checkpoint_every)
+    stream, every = stream_of(job), workflow.checkpoint_every
+    checkpoints = Checkpoints(folder.checkpoints, comm, identity(workflow, job), every, stream)
     log.info("%s: %d draws with %s", folder.path, workflow.draws, type(job.sampler).__name__)
     failed: list[str] = []
-    with checkpoints.stopping_on_signals():
+    with checkpoints.stopping_on_signals(), room(folder.path):
         try:
             ensemble = sample(
                 job.posterior, job.sampler, workflow.draws, workflow.seed, workflow.block, comm, checkpoints
@@ -114,16 +125,65 @@ def _carry_out(
                 raise
             ensemble, failed = error.ensemble, [str(error)]
             job.warnings.extend(failed)
+    ensemble = gathered(ensemble, job)
     if comm.root:
-        known = calibration_for(workflow, job, places(folder.path, workspace), len(ensemble))
-        evidence = _evidence(workflow, job, ensemble, {**facts, "identity": checkpoints.identity}, known)
-        ensemble.save(folder.ensemble, evidence.facts["provenance"])
-        evidence.save(folder.path)
-        write_report(evidence, folder.path)
+        told = {**facts, "identity": checkpoints.identity}
+        with room(folder.path):
+            _write(workflow, job, ensemble, folder, comm, workspace, told)
         summary = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "draws": len(ensemble)}
         folder.finish({**summary, "failed": failed} if failed else summary)
-    comm.draws.barrier()
+        shutil.rmtree(scratch_of(folder.path), ignore_errors=True)
+    comm.barrier()
     return folder.path
+
+
+def _write(
+    workflow: Workflow,
+    job: Job,
+    ensemble: Ensemble,
+    folder: RunFolder,
+    comm: Comm,
+    workspace: str | Path | None,
+    told: dict[str, Any],
+) -> None:
+    """Ensemble, evidence and report; of a volume that stays on disk, the evidence and report of a part."""
+    stream, place = stream_of(job), folder.path
+    if stream is not None:
+        chunked.save_ensemble(ensemble, stream, folder.ensemble, told)
+        job, ensemble, text = shown(job, ensemble)
+        job.warnings.append(text)
+        place = folder.path / SHOWN
+    elif comm.slab.size > 1:
+        job = prepare(workflow, warm=True)  # the whole of it, of which this rank had a part
+    known = calibration_for(workflow, job, places(folder.path, workspace), len(ensemble))
+    evidence = _evidence(workflow, job, ensemble, told, known)
+    if stream is None:
+        ensemble.save(folder.ensemble, evidence.facts["provenance"])
+    evidence.save(place)
+    write_report(evidence, folder.path)
+
+
+def _prepared(workflow: Workflow, comm: Comm, folder: RunFolder) -> Job:
+    """The job of this process; what a run that was killed left of its volumes on disk is removed."""
+    scratch = scratch_of(folder.path)
+    shutil.rmtree(scratch, ignore_errors=True)
+    with room(scratch):
+        return prepare(workflow, warm=True, comm=comm, folder=scratch)
+
+
+def _save_measurement(workflow: Workflow, job: Job, folder: RunFolder, comm: Comm) -> None:
+    stream, scan = stream_of(job), job.measurement
+    if stream is not None:
+        assert isinstance(scan, Observation)  # volumes have no other
+        chunked.save_observation(scan, stream, folder.measurement)
+        return
+    whole = scan if comm.slab.size == 1 else prepare(workflow, warm=True).measurement
+    whole.save(folder.measurement)
+
+
+def _shown_at(folder: RunFolder) -> Path:
+    """Where the evidence of a run is that its report shows."""
+    return folder.path / SHOWN if (folder.path / SHOWN).is_dir() else folder.path
 
 
 def _evidence(
@@ -187,11 +247,12 @@ def _shown(job: Job) -> Tensor:
 
 def _scan(operator: LinearOperator) -> str:
     """The operator in a line."""
-    scan = getattr(operator, "geometry", None)
+    one = beam(operator)
+    scan, many = getattr(one, "geometry", None), "" if one is operator else f"; {operator.domain.shape[0]} slices"
     if isinstance(scan, ParallelGeometry | FanGeometry):
         return (
-            f"{type(operator).__name__}: {scan.views} views, {scan.detectors} detectors of {1e3 * scan.spacing:.3g} mm, "
-            f"projector {scan.projector}"
+            f"{type(one).__name__}: {scan.views} views, {scan.detectors} detectors of {1e3 * scan.spacing:.3g} mm, "
+            f"projector {scan.projector}{many}"
         )
     return operator.describe()
 
@@ -205,5 +266,5 @@ def _noise(job: Job) -> str:
     assert m.sigma is not None
     low, high = float(m.sigma.min()), float(m.sigma.max())
     sigma = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-    what = "line integrals" if isinstance(job.operator, PlanarBeam) else "values"
+    what = "line integrals" if isinstance(beam(job.operator), PlanarBeam) else "values"
     return f"Gaussian, standard deviation {sigma} of {what} up to {float(m.values.abs().max()):.3g}"

@@ -6,7 +6,8 @@
       name: sst_tasmania                      # or a path; or  sum: [a, b], weights: [0.7, 0.3]  in its place
       given: {low: truth, day: 2009-07-14}    # conditions: a number, a list, a .npy or .nc file, a date, or "truth"
       compute: {precision: bfloat16, chunk: 8}
-      tile: {shape: [256, 256], overlap: 32}  # or  slices: {axis: z, count: 12}
+      tile: {shape: [256, 256], overlap: 32}
+      slices: {axis: z, count: 12}            # a volume; with tile, of slices that are larger than the prior
 
 A plain name stands for the section with that name alone.  The sections build what ``recon.priors`` has under the same names
 (``accelerate``, ``Windowed``, ``SlicesPrior``, ``given``, ``ScoreSum``), so what those refuse is refused here.
@@ -94,7 +95,7 @@ class Slices(Section):
     """``recon.priors.SlicesPrior``: a volume of independent slices across ``axis``.
 
     count: how many; left out where the measurement knows its image.  any_plane: also slices of another orientation than the
-    prior's.
+    prior's.  Slices are computed one by one, or ``compute.chunk`` at a time.
     """
 
     axis: str = Field(default="z", min_length=1)
@@ -164,8 +165,6 @@ class PriorSection(Section):
             raise ValueError(f"weights are one for each of sum, {len(self.sum or ())}; got {len(self.weights)}")
         if self.sum is not None and self.given is not None:
             raise ValueError("given is for one conditional prior; a sum takes none")
-        if self.tile is not None and self.slices is not None:
-            raise ValueError("expected tile or slices, not both")
         bare = {key: getattr(self, key) for key in ("grid", "unit", "normalisation")}
         told = [
             key for key, value in {**bare, "config": self.config, "sha256": self.sha256}.items() if value is not None

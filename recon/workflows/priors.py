@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recon.errors import InputError
-from recon.priors import Card, Compute, Prior, ScoreSum, SlicesPrior, Windowed, accelerate, load_prior
+from recon.priors import Card, Compute, Prior, ScoreSum, SlicesPrior, Tiling, Windowed, accelerate, load_prior
 from recon.priors.cards import Grid
 from recon.priors.guidance import Conditional
 from recon.priors.network import NetworkPrior
@@ -74,6 +74,8 @@ def target(asked: Asked, prior: Prior) -> Target:
     if isinstance(asked, str) or (asked.tile is None and asked.slices is None):
         return Target(own, prior.card)
     if asked.slices is not None:
+        if asked.tile is not None:
+            own = target(asked.model_copy(update={"slices": None}), prior).space
         if asked.slices.count is None:
             raise InputError(
                 "prior.slices.count: how many slices the volume has must be said when a truth is simulated from"
@@ -113,14 +115,27 @@ def finished(asked: Asked, prior: Prior, image: Space, truth: Callable[[str], Te
     if compute != Compute() and not placed:
         prior = accelerate(prior, compute)
     if section.slices is not None:
-        return SlicesPrior(prior, image, section.slices.axis, any_plane=section.slices.any_plane)
-    if section.tile is None:
-        return prior
+        axis, chunk = section.slices.axis, compute.chunk or 1
+        if section.tile is not None:
+            prior = _windowed(section.tile.build(), prior, without(image, axis), compute, placed)
+        return SlicesPrior(prior, image, axis, chunk=chunk, any_plane=section.slices.any_plane)
+    return prior if section.tile is None else _windowed(section.tile.build(), prior, image, compute, placed)
+
+
+def without(space: Space, axis: str) -> Space:
+    """The slices of ``space`` across ``axis``."""
+    kept = [i for i, dim in enumerate(space.dims) if dim != axis]
+    dims, shape = tuple(space.dims[i] for i in kept), tuple(space.shape[i] for i in kept)
+    return Space(dims, shape, {d: v for d, v in space.coords.items() if d != axis}, space.unit, space.complex)
+
+
+def _windowed(tiling: Tiling, prior: Prior, image: Space, compute: Compute, placed: bool) -> Prior:
+    """``prior`` in windows over ``image``."""
     if not placed:
-        return Windowed(prior, image, section.tile.build())
+        return Windowed(prior, image, tiling)
     # Windows that are told their place are computed one after the other; chunks are of them, the rest of the whole.
     again = compute.recompute == "chunks"
-    field = Windowed(prior, image, section.tile.build(), chunk=compute.chunk, recompute=again)
+    field = Windowed(prior, image, tiling, chunk=compute.chunk, recompute=again)
     rest = replace(compute, chunk=None, recompute="nothing" if again else compute.recompute)
     return field if rest == Compute() else accelerate(field, rest)
 

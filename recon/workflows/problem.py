@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from recon.comm import Comm
 from recon.datasets.fields import FieldCard, load_fields
 from recon.datasets.measurement import Measurement, read_measurement
 from recon.datasets.observation import Observation
 from recon.datasets.sampling import FieldSampler, FieldSampling, image_space
-from recon.datasets.slices import SliceCard, Slices, load_slices, locate, read_dicom
 from recon.draws import Draws
-from recon.errors import InputError, need
+from recon.errors import InputError
 from recon.likelihoods import GaussianLikelihood, Likelihood, TransmissionLikelihood
 from recon.operators.base import LinearOperator
 from recon.operators.coarse_grain import CoarseGrain
@@ -25,6 +24,7 @@ from recon.operators.masked import Masked
 from recon.operators.parallel_beam import ParallelBeam
 from recon.operators.planar import PlanarBeam
 from recon.operators.point_sensors import PointSensors
+from recon.operators.slices import SliceStack
 from recon.posterior import Posterior
 from recon.priors import Prior
 from recon.priors.conditional import ConditionalNetworkPrior, LowResolution, TimeOfYear
@@ -35,6 +35,10 @@ from recon.workflows.operators import build, parallel_geometry
 from recon.workflows.prior_section import Asked
 from recon.workflows.priors import Target, finished, opened, target
 from recon.workflows.schema import Noise, Problem, Workflow
+from recon.workflows.stacks import slice_stack
+
+if TYPE_CHECKING:
+    from recon.workflows.volumes import Layout
 
 AVERAGING = (PointSensors, CoarseGrain, Masked)
 """Operators whose data are means of the field, in its own units."""
@@ -62,17 +66,21 @@ class Job:
         return self.posterior.prior
 
 
-def prepare(workflow: Workflow, warm: bool = False) -> Job:
+def prepare(workflow: Workflow, warm: bool = False, comm: Comm | None = None, folder: Path | None = None) -> Job:
     """The job of a looked-up workflow.  Raises InputError when its parts do not fit each other.
 
     No network is evaluated, but where ``prior.compute`` asks for a precision or a compiler whose accuracy has to be measured.
     Its sampler begins in pure noise.  warm: whoever asks gives it the workflow's ``start`` afterwards (``start.started``);
-    all others are refused a workflow that has one.
+    all others are refused a workflow that has one.  comm, folder: processes that share a volume, and of the run that keeps it
+    on disk (``run`` of the workflow).
     """
     if workflow.start is not None and not warm:
         raise InputError(
             "this command samples from pure noise and would pass over start; leave it out with --set start=null"
         )
+    from recon.workflows.volumes import layout_of  # stands on this module
+
+    layout = layout_of(workflow, comm, folder)
     bare, problem = opened(workflow.prior), workflow.problem
     notes: dict[str, str] = {}
     if problem.measurement is not None:
@@ -83,11 +91,7 @@ def prepare(workflow: Workflow, warm: bool = False) -> Job:
         notes["data"] = f"measured: {Path(problem.measurement).name}"
         prior = finished(workflow.prior, bare, scan.image, lambda name: _condition(name, bare, None, None))
     else:
-        truth, image, notes["data"] = _truth(problem.dataset, problem.index, target(workflow.prior, bare))
-        operator = build(problem.operator, image, ~truth.isnan())
-        prior = finished(workflow.prior, bare, image, lambda name: _condition(name, bare, truth, problem))
-        assert problem.noise is not None  # the schema asks for it beside a dataset
-        measurement = simulate(operator, truth, problem.noise, workflow.seed, prior)
+        prior, operator, measurement, notes["data"] = _simulated(workflow, bare, layout)
         notes["data"] += "; simulated with the operator that reconstructs (same grid), so model error is absent"
     likelihood = likelihood_of(measurement, operator, workflow.likelihood)
     sampler = workflow.sampler.build()
@@ -95,6 +99,31 @@ def prepare(workflow: Workflow, warm: bool = False) -> Job:
     sampler.check(posterior)
     warnings = [*_scope(prior, image=measurement.image), *_doubts(workflow.prior)]
     return Job(posterior, sampler, measurement, operator, notes, warnings)
+
+
+def _simulated(
+    workflow: Workflow, bare: Prior, layout: Layout
+) -> tuple[Prior, LinearOperator, Measurement | Observation, str]:
+    """Prior, operator, data and where they come from, of a truth seen through the operator."""
+    from recon.workflows.volumes import is_volume, measured
+
+    problem, aim, asked = workflow.problem, target(workflow.prior, bare), workflow.prior
+    assert problem.noise is not None  # the schema asks for it beside a dataset
+    if is_volume(workflow) and not isinstance(problem.dataset, FieldCard):
+        stack = slice_stack(problem.dataset, problem.index, aim, problem.fit)
+
+        def over(space: Space) -> Prior:
+            return finished(asked, bare, space, lambda name: _condition(name, bare, None, None))
+
+        whole = over(stack.space)
+        operator, scan = measured(workflow, stack, whole, layout)
+        return over(operator.domain) if layout.comm.slab.size > 1 else whole, operator, scan, stack.where
+    if not layout.plain:
+        raise InputError("run: volumes that are cut or stay on disk are seen slice by slice (parallel_beam, fan_beam)")
+    truth, image, where = _truth(problem, aim)
+    made = build(problem.operator, image, ~truth.isnan())
+    prior = finished(asked, bare, image, lambda name: _condition(name, bare, truth, problem))
+    return prior, made, simulate(made, truth, problem.noise, workflow.seed, prior), where
 
 
 def _doubts(asked: Asked) -> list[str]:
@@ -107,7 +136,7 @@ def _doubts(asked: Asked) -> list[str]:
     if asked.tile is not None:
         said.append("the prior sees the field in windows: structures longer than one come out as far as neighbours agree")
     if asked.slices is not None:
-        said.append("the prior takes slices to be independent: what holds neighbours together comes from the data alone")
+        said.append("the prior takes slices to be independent: only data and the sampler's coupling hold neighbours together")
     return said
 
 
@@ -123,22 +152,28 @@ def _require_same_scan(definition: Any, measurement: Measurement, file: str) -> 
 
 
 def simulate(
-    operator: LinearOperator, truth: Tensor, noise: Noise, seed: int, prior: Prior | None
+    operator: LinearOperator,
+    truth: Tensor,
+    noise: Noise,
+    seed: int,
+    prior: Prior | None,
+    normal: Tensor | None = None,
 ) -> Measurement | Observation:
     """A measurement of ``truth`` with keyed noise: counts, or Gaussian of a given or relative standard deviation.
 
     truth: NaN where it is unknown (land), which no datum may depend on.  prior: noise as a spread is a share of its own.
+    normal: the random numbers, (*range.shape), where they are not those of ``seed`` from the first on.
     Raises InputError for noise that the operator's data cannot have, and data that would depend on unknown values.
     """
     kind = torch.complex64 if operator.range.complex else torch.float32
-    normal = Draws(seed, [0]).normal(0, operator.range.shape, "data", dtype=kind)
+    normal = Draws(seed, [0]).normal(0, operator.range.shape, "data", dtype=kind) if normal is None else normal
     known, full = ~truth.isnan(), truth
     if not bool(known.all()):
         if bool((operator.A((~known).to(truth.dtype)[None]) != 0).any()):
             raise InputError(f"{type(operator).__name__} would observe values of the truth that are unknown (land, gaps)")
         full = torch.where(known, truth, truth[known].mean())  # which value is all the same
     if noise.counts is not None:
-        if not isinstance(operator, PlanarBeam):
+        if not isinstance(operator.one if isinstance(operator, SliceStack) else operator, PlanarBeam):
             raise InputError(
                 f"counts are photons; data of {type(operator).__name__} have noise of sigma, relative or spread"
             )
@@ -197,44 +232,16 @@ def likelihood_of(measurement: Measurement | Observation, operator: LinearOperat
     return counts if kind == "transmission" else counts.gaussian()
 
 
-def _truth(definition: Any, index: int, prior: Prior | Target) -> tuple[Tensor, Space, str]:  # noqa: ANN401
+def _truth(problem: Problem, prior: Target) -> tuple[Tensor, Space, str]:
     """One image, or a stack of slices from ``index`` on, on the prior's grid; its space, and where it comes from.
 
     NaN where the truth is unknown and the card of the prior says what stood there in training (``fill``).
     """
+    definition = problem.dataset
     if isinstance(definition, FieldCard):
-        return _field(definition, index, prior)
-    if isinstance(definition, SliceCard):
-        slices = load_slices(definition, "test" if definition.use == "test" else "validation")
-        where = f"slice {index} of {definition.name} ({definition.licence})"
-    else:
-        slices = read_dicom(_dicom_path(definition))
-        where = (
-            f"{definition.name or definition.file} ({definition.licence})" if definition.licence else definition.file
-        )
-    *stack, ny, nx = prior.space.shape
-    count, wanted = math.prod(stack), (ny, nx)
-    if index + count > len(slices):
-        more = f", {count} of them are asked for" if count > 1 else ""
-        raise InputError(f"problem.index is {index}; {slices.name} has {len(slices)} slices, numbered from 0{more}")
-    one = Slices(slices.name, slices.mu[index : index + count], None, slices.pixel[index : index + count])
-    if count > 1:
-        where += f" and the {count - 1} after it"
-    rows, columns = one.mu.shape[1:]
-    if (rows, columns) != wanted:
-        factor = rows // wanted[0]
-        if (rows, columns) != (wanted[0] * factor, wanted[1] * factor):
-            raise InputError(
-                f"{slices.name} has slices of {rows} x {columns} pixels; prior {prior.card.name!r} has "
-                f"{wanted[0]} x {wanted[1]}, and only whole multiples are averaged down"
-            )
-        one = one.coarsened(factor)
-        where += f", averaged {factor} x {factor}"
-    if np.ptp(one.pixel) > 1e-6 * one.pixel[0]:
-        raise InputError(f"{where} have pixels of different sizes; a volume has one")
-    plane = Space.grid(wanted, float(one.pixel[0]), "1/m")
-    image = Space((*prior.space.dims[:-2], *plane.dims), prior.space.shape, plane.coords, plane.unit)
-    return torch.from_numpy(one.mu.copy()).reshape(image.shape), image, where
+        return _field(definition, problem.index, prior)
+    stack = slice_stack(definition, problem.index, prior, problem.fit)
+    return stack.whole(), stack.space, stack.where
 
 
 def _field(card: FieldCard, index: int, prior: Prior | Target) -> tuple[Tensor, Space, str]:
@@ -285,20 +292,6 @@ def _condition(name: str, prior: Prior, truth: Tensor | None, problem: Problem |
         if days is not None and np.isfinite(days[problem.index]):
             return torch.tensor([days[problem.index]], dtype=torch.float64)
     raise InputError(f"{name}: the truth does not say it; give a value")
-
-
-def _dicom_path(definition: Any) -> Path:  # noqa: ANN401
-    """The file of a DICOM definition: its own, or one that the pydicom package carries."""
-    file = definition.file
-    if not file.startswith("pydicom:"):
-        return locate(definition.name or file, file, definition.sha256, definition.source)
-    need("pydicom", "dicom")
-    from pydicom.data import get_testdata_file
-
-    found = get_testdata_file(file.removeprefix("pydicom:"), download=False)
-    if found is None:
-        raise InputError(f"the installed pydicom package carries no file {file.removeprefix('pydicom:')!r}")
-    return locate(definition.name, str(found), definition.sha256, definition.source)
 
 
 def _scope(prior: Prior, image: Space) -> list[str]:

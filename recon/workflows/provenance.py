@@ -17,6 +17,7 @@ import torch
 
 from recon import __version__
 from recon.comm import Comm
+from recon.operators.streamed import slices_of
 from recon.samplers.warm import WarmStart
 from recon.workflows.priors import fingerprint
 from recon.workflows.problem import Job
@@ -38,7 +39,7 @@ _PACKAGES = (
 
 def environment(comm: Comm) -> dict[str, Any]:
     """Versions, hosts, threads, command and start time; collective."""
-    hosts = comm.draws.allgather(socket.gethostname())
+    hosts = comm.everyone(socket.gethostname())
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
@@ -52,7 +53,7 @@ def environment(comm: Comm) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": torch.backends.cpu.get_cpu_capability(),
         "packages": versions,
-        "ranks": comm.draws.size,
+        "ranks": len(hosts),
         "hosts": hosts,
         "workers": comm.workers,
         "command": " ".join(sys.argv),
@@ -66,11 +67,12 @@ def identity(workflow: Workflow, job: Job) -> str:
 
     How often checkpoints are written and which baselines are computed are left out: they change no draw.
     """
-    kept = workflow.model_copy(update={"checkpoint_every": 1.0, "baselines": (), "summary": ""})
+    kept = workflow.model_copy(update={"checkpoint_every": 1.0, "baselines": (), "summary": "", "run": None})
     digest = hashlib.sha256(f"recon {__version__}\n{resolved(kept)}".encode())
     for name, value in sorted(job.posterior.likelihood.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        for part in slices_of(value):
+            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     digest.update(str(weights_sha256(job)).encode())
     if isinstance(job.sampler, WarmStart) and workflow.start is not None and workflow.start.baseline is None:
         digest.update(str(job.sampler.frame).encode())

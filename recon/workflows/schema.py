@@ -65,7 +65,8 @@ class Problem(Section):
     """What was measured: a measurement file, or a truth from a data set seen through an operator with noise.
 
     index: which image of the data set, or the first of the slices that ``prior.slices`` stacks.  operator: needed with a data
-    set; with a measurement only when its file does not state the geometry.
+    set; with a measurement only when its file does not state the geometry.  fit: CT slices that are neither the prior's grid
+    nor a whole multiple of it are refused, set in air (pad), or resampled.
     """
 
     dataset: reference(DatasetDefinition, "datasets") | None = None  # type: ignore[valid-type]
@@ -73,6 +74,7 @@ class Problem(Section):
     measurement: Annotated[str, Field(min_length=1)] | None = None
     operator: reference(OperatorDefinition, "operators") | None = None  # type: ignore[valid-type]
     noise: Noise | None = None
+    fit: Literal["refuse", "pad", "resample"] = "refuse"
 
     @model_validator(mode="after")
     def _complete(self) -> Problem:
@@ -121,6 +123,23 @@ class Start(Section):
         return self
 
 
+class Execution(Section):
+    """Where a volume is kept while it is worked on; changes no bit of the result.
+
+    slabs: processes that share one volume, each with some of its slices (``mpiexec -n``).  memory_gb: what one process may
+    take (10^9 bytes); the volume then stays on disk, in the run's folder, and a few slices at a time are in memory.
+    """
+
+    slabs: Whole = Field(default=1, ge=1)
+    memory_gb: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Execution:
+        if self.slabs > 1 and self.memory_gb is not None:
+            raise ValueError("a volume is shared by processes (slabs) or stays on disk (memory_gb), not both")
+        return self
+
+
 class Workflow(Section):
     """A whole workflow file.
 
@@ -128,7 +147,7 @@ class Workflow(Section):
     start: where the draws begin; null is pure noise.
     draws: how many.  seed: of all random numbers.  block: draws that are computed together; null leaves it to recon.
     baselines: conventional reconstructions for comparison; null is those that suit the operator.  checkpoint_every: seconds
-    between checkpoints.
+    between checkpoints.  run: of volumes, whether they are cut over processes or stay on disk.
     """
 
     summary: str = ""
@@ -142,6 +161,7 @@ class Workflow(Section):
     block: Whole | None = Field(default=None, ge=1)
     baselines: Annotated[tuple[Baseline, ...], Items] | None = None
     checkpoint_every: Positive = 60.0
+    run: Execution | None = None
 
     @field_validator("start")
     @classmethod

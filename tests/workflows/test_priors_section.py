@@ -333,7 +333,6 @@ def test_a_bare_checkpoint(lab: Path, tmp_path: Path, weights: dict[str, Tensor]
         ("{name: tiny, tile: {overlap: 0}}", r"prior.tile: overlap and align are at least 1"),
         ("{name: tiny, tile: {shape: [64, 64]}}", r"prior.tile.overlap: this key is missing"),
         ("{name: tiny, tile: {overlap: 4, margin: 3}}", r"prior.tile: a margin .* is at most half of it; got 3"),
-        ("{name: tiny, tile: {overlap: 4}, slices: {}}", r"prior: expected tile or slices, not both"),
         ("{name: tiny, sha256: abc}", r"prior: sha256 belong to bare checkpoints: give format too"),
         ("{name: tiny, format: auto}", r"prior: a bare checkpoint has a name .*missing: \['grid', 'unit', 'normalisation'\]"),
     ],

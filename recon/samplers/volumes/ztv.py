@@ -50,6 +50,8 @@ class Coupling:
     weight: w of the module's text, in the axis' unit per unit of the volume (m for a volume of pure numbers, m^2 for
     attenuation): one over the mean of |dx/dz| that is expected (``typical_weight`` takes it from example volumes).  0 leaves
     the slices on their own; None says nothing, which only posteriors without such an axis accept.
+    slope_per_mm: the same said otherwise: the mean |dx/dz| that is expected, in the volume's unit per mm of the axis; the
+    weight is then ``1 / (1000 slope_per_mm)``.
     periodic: the last slice is followed by the first, as in the published code; otherwise nothing flows through the ends.
     penalty: rho / w^2.  iterations: of ADMM in each step.  Where the data are few and w large, a small penalty keeps the
     coupling from outweighing them while Z and U are still far from settled; ``ztv`` ends at the same place for all.
@@ -62,26 +64,30 @@ class Coupling:
     periodic: bool = False
     penalty: float = 0.1
     iterations: int = 1
+    slope_per_mm: float | None = None
 
     def __post_init__(self) -> None:
+        if self.slope_per_mm is not None and (self.weight is not None or not self.slope_per_mm > 0):
+            raise InputError(f"a coupling has a weight or a positive slope_per_mm, not both; got {self}")
         if (self.weight is not None and not self.weight >= 0) or not self.penalty > 0 or self.iterations < 1:
             raise InputError(f"a coupling needs weight >= 0, penalty > 0 and iterations >= 1; got {self}")
 
     def on(self, space: Space, user: str) -> float:
         """The weight for volumes of ``space``.  Raises InputError naming ``user`` where it does not fit them."""
+        weight = self.weight if self.slope_per_mm is None else 1 / (1e3 * self.slope_per_mm)
         if self.axis not in space.dims:
-            if self.weight:
+            if weight:
                 raise InputError(
                     f"{user} was asked to couple slices across {self.axis!r}, and {space.describe()} has no such axis; "
                     "set coupling.axis to one of them, or leave the weight out"
                 )
             return 0.0
-        if self.weight is None:
+        if weight is None:
             raise InputError(
                 f"{user} needs coupling.weight for {space.describe()}: one over the mean |dx/d{self.axis}| of such volumes, in "
-                f"m per {space.unit!r}; 0 leaves slices on their own"
+                f"m per {space.unit!r} (or that mean itself per mm, coupling.slope_per_mm); 0 leaves slices on their own"
             )
-        return self.weight
+        return weight
 
 
 def typical_weight(volumes: Tensor, space: Space, axis: str = "z") -> float:
@@ -184,8 +190,9 @@ class Volume:
 
     @property
     def _undivided(self) -> bool:
-        """Whether the operator's own inner products are over all there is to sum over."""
-        return self.slab is None or self.slab.alone or separable(self.data.operator, self.coupling.axis)
+        """Whether the operator's own inner products are over all there is to sum over, in an order that no cut changes."""
+        cut = any(isinstance(getattr(part, "slab", None), Slab) for part in self.data.operator.modules())
+        return self.slab is None or not cut or separable(self.data.operator, self.coupling.axis)
 
     def _whole(self, a: Tensor, b: Tensor) -> Tensor:
         """Over the whole volume: (n, 1, ..., 1)."""
