@@ -8,6 +8,7 @@ from recon.operators.cartesian_mri import CartesianMRI
 from recon.operators.cg import CG
 from recon.operators.coarse_grain import CoarseGrain
 from recon.operators.cone_beam import ConeBeam, ConeGeometry, VectorGeometry
+from recon.operators.cone_slabs import ConeBeamSlab
 from recon.operators.deepinv_bridge import from_deepinv
 from recon.operators.downsampling import Downsampling
 from recon.operators.fan_beam import FanBeam, FanGeometry
@@ -18,6 +19,7 @@ from recon.operators.non_cartesian_mri import NonCartesianMRI, WeightedGram
 from recon.operators.parallel_beam import ParallelBeam, ParallelGeometry
 from recon.operators.parametric import Family, GainOffset, ParametricOperator
 from recon.operators.pde_residual import PDEResidual
+from recon.operators.phase_encoded import PhaseEncodedMRI
 from recon.operators.phase_retrieval import CodedDiffraction, PhaseRetrieval
 from recon.operators.planar import PlanarVectors
 from recon.operators.point_sensors import PointSensors
@@ -37,6 +39,7 @@ __all__ = [
     "CoarseGrain",
     "CodedDiffraction",
     "ConeBeam",
+    "ConeBeamSlab",
     "ConeGeometry",
     "Diagonal",
     "Downsampling",
@@ -54,6 +57,7 @@ __all__ = [
     "ParallelGeometry",
     "ParametricOperator",
     "PDEResidual",
+    "PhaseEncodedMRI",
     "PhaseRetrieval",
     "PlanarVectors",
     "PointSensors",

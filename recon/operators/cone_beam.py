@@ -213,16 +213,16 @@ class Rays:
     def shadows(self) -> np.ndarray:
         """Columns and rows on which the eight corners of the volume fall: (views, 8, 2); NaN for those behind a source."""
         ends = [(-0.5, n - 0.5) for n in self.shape]
-        corners = np.array([(x, y, z) for x in ends[0] for y in ends[1] for z in ends[2]])
+        return self.fall(np.array([(x, y, z) for x in ends[0] for y in ends[1] for z in ends[2]]))
+
+    def fall(self, points: np.ndarray) -> np.ndarray:
+        """Columns and rows on which ``points`` (n, 3) fall: (views, n, 2); NaN for those behind a source."""
         a, first, u, v = (part[:, None] for part in self.views.reshape(-1, 4, 3).swapaxes(0, 1))
         normal = np.cross(u, v)
         if self.parallel:
-            along = np.broadcast_to(a, (*a.shape[:1], 8, 3))
-            hit = (
-                corners + ((first - corners) * normal).sum(-1, keepdims=True) / (a * normal).sum(-1, keepdims=True) * a
-            )
+            hit = points + ((first - points) * normal).sum(-1, keepdims=True) / (a * normal).sum(-1, keepdims=True) * a
         else:
-            along = corners - a
+            along = points - a
             depth = (along * normal).sum(-1, keepdims=True) / ((first - a) * normal).sum(-1, keepdims=True)
             hit = a + along / np.where(depth > 1e-12, depth, np.nan)
         area = (normal * normal).sum(-1)

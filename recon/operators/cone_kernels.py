@@ -217,8 +217,9 @@ def _samples(
 
 # --- All rays ------------------------------------------------------------------------------------------------------------
 
-Shape = tuple[int, int, int]
-Sides = tuple[float, float, float]
+Grid = tuple[tuple[int, int, int], tuple[float, float, float]]  # voxels and their sides, of the whole volume, x first
+Detector = tuple[int, int, int, bool]  # the first row that counts and how many, columns, whether the rays are parallel
+Part = tuple[tuple[int, int], tuple[int, int]]  # planes of the volume, rows of the detector
 
 
 @_compiled
@@ -226,17 +227,18 @@ def forward(
     volume: np.ndarray,
     views: np.ndarray,
     out: np.ndarray,
-    detector: tuple[int, int, bool],
+    detector: Detector,
     lines: tuple[int, int],
-    shape: Shape,
-    sides: Sides,
+    slab: tuple[int, int],
+    grid: Grid,
 ) -> None:
-    """Line integrals of the detector rows ``lines`` = [first, last), counted over all views.
+    """Line integrals of the detector rows ``lines`` = [first, last), counted over all views, through the planes z of ``slab``.
 
-    volume: with its border, (voxels,) or (voxels, LANES), m^-1.  views: (views, 12), in voxel indices.  out: (n, rays), n draws
-    of a pack.  detector: rows, columns, whether the rays are parallel.  shape, sides: of the volume, x first.
+    volume: those planes with a border, (voxels,) or (voxels, LANES), m^-1.  views: (views, 12), in voxel indices.  out:
+    (n, rays), n draws of a pack.
     """
-    rows, columns, parallel = detector
+    top, rows, columns, parallel = detector
+    shape, sides = grid
     pack = np.zeros_like(volume[:1])
     draws = pack.reshape(pack.size)
     room = (max(shape) + _BLOCK) // _BLOCK * _BLOCK
@@ -245,8 +247,8 @@ def forward(
     for line in range(lines[0], lines[1]):
         view = views[line // rows]
         for column in range(columns):
-            ray = _ray(view, column, line % rows, parallel)
-            count, s1, s2, length = _samples(ray, shape, sides, (0, shape[2]), at, weights)
+            ray = _ray(view, column, top + line % rows, parallel)
+            count, s1, s2, length = _samples(ray, shape, sides, slab, at, weights)
             # A sum per corner: none waits for the one before it.
             a, b, c, d = _zero(volume), _zero(volume), _zero(volume), _zero(volume)
             for j in range(count):
@@ -266,17 +268,17 @@ def adjoint(
     rays: np.ndarray,
     views: np.ndarray,
     volume: np.ndarray,
-    detector: tuple[int, int, bool],
+    detector: Detector,
     slab: tuple[int, int],
-    shape: Shape,
-    sides: Sides,
+    grid: Grid,
 ) -> None:
     """The transpose of ``forward`` on the planes z of ``slab`` = [low, high).
 
     rays: (n, rays), n draws of a pack.  volume: the slab with a border of one voxel, added to; what falls on the border belongs
     to other slabs or to nothing.
     """
-    rows, columns, parallel = detector
+    top, rows, columns, parallel = detector
+    shape, sides = grid
     pack = np.zeros_like(volume[:1])
     draws = pack.reshape(pack.size)
     room = (max(shape) + _BLOCK) // _BLOCK * _BLOCK
@@ -284,7 +286,7 @@ def adjoint(
     for line in range(len(views) * rows):
         view = views[line // rows]
         for column in range(columns):
-            ray = _ray(view, column, line % rows, parallel)
+            ray = _ray(view, column, top + line % rows, parallel)
             count, s1, s2, length = _samples(ray, shape, sides, slab, at, weights)
             if count == 0:
                 continue
@@ -302,47 +304,57 @@ def adjoint(
 # --- Tensors in, tensors out ---------------------------------------------------------------------------------------------
 
 
-def project(rays: Rays, x: Tensor) -> Tensor:
-    """Line integrals of volumes (n, z, y, x): (n, angle, row, detector), of the same type."""
-    y = x.new_empty(len(x), len(rays.views), rays.rows, rays.columns)
+def project(rays: Rays, x: Tensor, slab: tuple[int, int] | None = None, rows: tuple[int, int] | None = None) -> Tensor:
+    """Line integrals of volumes (n, z, y, x): (n, angle, row, detector), of the same type.
+
+    slab: the planes z = [low, high) of the volume that ``x`` holds, the others being zero.  rows: the detector's rows
+    [first, last) that are asked for.  Both the whole when left out.
+    """
+    slab, rows = slab or (0, rays.shape[2]), rows or (0, rays.rows)
+    y = x.new_empty(len(x), len(rays.views), rows[1] - rows[0], rays.columns)
     for some, width in _pieces(rays, x):
-        _project(rays, x[some].detach(), y[some].flatten(1).numpy(), width)
+        _project(rays, x[some].detach(), y[some].flatten(1).numpy(), width, (slab, rows))
     return y
 
 
-def backproject(rays: Rays, y: Tensor) -> Tensor:
+def backproject(
+    rays: Rays, y: Tensor, slab: tuple[int, int] | None = None, rows: tuple[int, int] | None = None
+) -> Tensor:
     """The transpose of ``project``: (n, angle, row, detector) to (n, z, y, x)."""
-    x = y.new_empty(len(y), *rays.shape[::-1])
+    slab, rows = slab or (0, rays.shape[2]), rows or (0, rays.rows)
+    x = y.new_empty(len(y), slab[1] - slab[0], *rays.shape[1::-1])
     flat = y.detach().flatten(1).contiguous().numpy()
     for some, width in _pieces(rays, y):
-        _backproject(rays, flat[some], x[some], width)
+        _backproject(rays, flat[some], x[some], width, (slab, rows))
     return x
 
 
-def _project(rays: Rays, x: Tensor, y: np.ndarray, width: int) -> None:
+def _project(rays: Rays, x: Tensor, y: np.ndarray, width: int, part: Part) -> None:
     """Into ``y`` (n, rays) the integrals of ``x`` (n, z, y, x), n at most ``width``."""
-    nx, ny, nz = rays.shape
-    room = _room((nz + 2, ny + 2, nx + 2), width, x)
+    slab, rows = part
+    room = _room((slab[1] - slab[0] + 2, rays.shape[1] + 2, rays.shape[0] + 2), width, x)
     room[1:-1, 1:-1, 1:-1, : len(x)] = x.permute(1, 2, 3, 0)
-    volume, detector = _flat(room), (rays.rows, rays.columns, rays.parallel)
+    volume, detector = _flat(room), (rows[0], rows[1] - rows[0], rays.columns, rays.parallel)
 
     def run(lines: tuple[int, int]) -> None:
-        forward(volume, rays.views, y, detector, lines, rays.shape, rays.sides)
+        forward(volume, rays.views, y, detector, lines, slab, (rays.shape, rays.sides))
 
-    _side_by_side(run, len(rays.views) * rays.rows)
+    _side_by_side(run, len(rays.views) * (rows[1] - rows[0]))
 
 
-def _backproject(rays: Rays, y: np.ndarray, x: Tensor, width: int) -> None:
+def _backproject(rays: Rays, y: np.ndarray, x: Tensor, width: int, part: Part) -> None:
     """Into ``x`` (n, z, y, x) the transpose of ``y`` (n, rays), n at most ``width``."""
-    nx, ny, nz = rays.shape
-    detector = (rays.rows, rays.columns, rays.parallel)
+    (low, high), rows = part
+    nx, ny, _ = rays.shape
+    detector = (rows[0], rows[1] - rows[0], rays.columns, rays.parallel)
 
-    def run(slab: tuple[int, int]) -> None:
+    def run(planes: tuple[int, int]) -> None:
+        slab = (low + planes[0], low + planes[1])
         room = _room((slab[1] - slab[0] + 2, ny + 2, nx + 2), width, x)
-        adjoint(y, rays.views, _flat(room), detector, slab, rays.shape, rays.sides)
-        x[:, slab[0] : slab[1]] = room[1:-1, 1:-1, 1:-1, : len(x)].permute(3, 0, 1, 2)
+        adjoint(y, rays.views, _flat(room), detector, slab, (rays.shape, rays.sides))
+        x[:, planes[0] : planes[1]] = room[1:-1, 1:-1, 1:-1, : len(x)].permute(3, 0, 1, 2)
 
-    _side_by_side(run, nz)
+    _side_by_side(run, high - low)
 
 
 def _pieces(rays: Rays, given: Tensor) -> Iterator[tuple[slice, int]]:
