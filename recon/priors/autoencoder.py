@@ -120,10 +120,13 @@ class Autoencoder(nn.Module):
         self.std.copy_(values.std(1).clamp(min=1e-6).reshape(-1, 1, 1))
 
     def known(self, mask: Tensor) -> Tensor:
-        """Where a latent is known: its pixels all are.  (n, [fields,] ny, nx) to (n, latents, rows, columns)."""
+        """Where a latent is known: its pixels all are.  (n, [fields,] ny, nx), bool or numbers 0 and 1, to (n, latents, rows,
+        columns).
+        """
         planes = mask.reshape(len(mask), -1, *mask.shape[-2:]).amin(1, keepdim=True)
-        pooled = -nn.functional.max_pool2d(-planes, self.architecture.factor)
-        return pooled.expand(-1, self.architecture.latents, -1, -1)
+        unknown = 1 - planes.to(self.mean.dtype)  # pooling knows no bool
+        pooled = 1 - nn.functional.max_pool2d(unknown, self.architecture.factor)
+        return pooled.to(mask.dtype).expand(-1, self.architecture.latents, -1, -1)
 
 
 def build_autoencoder(architecture: AutoencoderArchitecture, seed: int = 0) -> Autoencoder:

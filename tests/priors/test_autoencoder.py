@@ -100,10 +100,12 @@ def test_the_loss_is_that_of_its_formula():
     assert torch.allclose(loss, wrong.square().sum() + 0.04 * latent.square().sum(), rtol=1e-5)
 
 
-def test_an_unknown_pixel_makes_its_latent_unknown():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_an_unknown_pixel_makes_its_latent_unknown(dtype):
     mask = torch.ones(2, 16, 16)
     mask[1, 5, 14] = 0
-    known = build_autoencoder(TINY).known(mask)
+    known = build_autoencoder(TINY).known(mask.to(dtype))
+    assert known.dtype == dtype
     assert known.shape == (2, 2, 4, 4)
     assert [tuple(i) for i in (known == 0).nonzero().tolist()] == [(1, 0, 1, 3), (1, 1, 1, 3)]
 
