@@ -8,6 +8,16 @@ which makes the step one of Gauss and Newton)::
 
 ``J = dD/dz`` is the denoiser's Jacobian.  A method says what ``C`` is; where it differentiates no network it also puts
 ``C / sigma^2``, which is ``J`` for an exact denoiser, for ``J^T``.
+
+Where ``C`` is not ``sigma^2 J`` the two need not fit, and the pull may overshoot.  For a Gaussian prior, a direction of prior
+variance ``c`` seen with gain ``a`` (of ``B``) and whose variance in ``C`` is ``r^2``, with ``g = c / (c + sigma^2)`` and
+``v = sigma^2 g``, an ancestral step multiplies an error by
+
+    1 - tau (1 - g + g k),      k = v a^2 / (1 + r^2 a^2),      tau = 1 - (sigma' / sigma)^2
+
+and lets it grow where ``tau (1 + g (k - 1)) > 2``: never while ``r^2 >= v``, for then k < 1; with ``r^2 = s^2 sigma^2 / (s^2 +
+sigma^2)``, ``s^2 < c`` and precise data, near ``sigma^2 = c`` as soon as ``tau > 8 s^2 / c``.  A prior whose values move
+together has such a ``c`` for every mean over many of them.  ``guarded`` keeps a pull from this.
 """
 
 from __future__ import annotations
@@ -21,7 +31,8 @@ from torch import Tensor
 from recon.errors import InputError
 from recon.operators.algebra import Diagonal
 from recon.operators.base import LinearOperator, Operator
-from recon.operators.cg import CG
+from recon.operators.cg import CG, dot
+from recon.operators.cg import spread as over
 from recon.posterior import Posterior
 from recon.samplers.base import GuidedSampler
 from recon.samplers.requirements import require_affine, require_gaussian
@@ -110,6 +121,21 @@ def solved(at: Local, c: float, cg: CG) -> Tensor:
         return operator.solve(right, 1 / (c * s2), weight, cg=cg, watch=watch) / (c * s2)
     scaled = operator @ Diagonal(prior.scale.to(right.dtype).expand(operator.domain.shape), operator.domain)
     return scaled.solve(right, 1 / c, weight, cg=cg, watch=watch) / c
+
+
+def guarded(at: Local, v: Tensor, pulled: Tensor) -> Tensor:
+    r"""The pull ``u = sigma^2 J^T B^T v`` of a draw, shortened to where it would be best along itself, if it is longer.
+
+        t = <v, r> / (<v, v> + <v, B u>),       min(1, t) u
+
+    ``t`` minimises ``1/2 v^T (I + sigma^2 B J B^T) v - v^T r``, whose minimum is the pull of the matched covariance (MMPS); so
+    the shortened one is never further from it, in that norm, than no pull is.  It is one where ``C`` fits, and one more
+    application of ``B``.  A Jacobian that says there is nothing to shorten (no positive ``t``) is not followed.
+
+    v: (n, *range.shape), (I + B C B^T)^-1 r of a method.  pulled: u, (n, *latent.shape).
+    """
+    shares = dot(v, at.residual) / (dot(v, v) + dot(v, at.forward(pulled)))
+    return over(torch.where((shares > 0) & (shares < 1), shares, torch.ones_like(shares)), pulled) * pulled
 
 
 @dataclass(frozen=True)
