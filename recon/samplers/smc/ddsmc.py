@@ -46,6 +46,7 @@ class DDSMC(Adapted):
     needs: ClassVar[str] = "linear operator, Gaussian noise, prior with affine decoder"
     cost: ClassVar[str] = "1 denoiser per step"
 
+    threshold: float = 0.5  # its proposals are as wide as its kernel: weights of no heavy tail
     eta: float = 1.0
     width: float | None = None
 

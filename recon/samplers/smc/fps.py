@@ -14,8 +14,9 @@ The published filter keeps the factors g of all levels, and its limit is the pos
 forward process; here each gives way to the next and the last is the likelihood itself, so the limit is the posterior whatever
 the path is: path and spread decide how many particles that takes.  ``spread = 1``: path and image have noises of their own,
 ``N(y_sigma; A z, sigma^2 A A^T + sigma_y^2)``.  ``spread = 0`` would be the paper's coupling, one noise for both; g is then
-narrower than a step of the chain, and the weights that take it back have no variance.  From ``spread = 1`` on they have one in
-every grid.  A path of zeros is ``AFDPS``, which on Gaussian problems makes better use of its particles.
+narrower than a step of the chain, and the weights that take it back have no variance.  From 1 on they have one in every grid,
+and from the root of three on their estimated variance has one too (``smc.adapted``).  A path of zeros is ``AFDPS``, which on
+Gaussian problems makes better use of its particles.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class FPS(Adapted):
     needs: ClassVar[str] = "linear operator, Gaussian noise, prior with affine decoder"
     cost: ClassVar[str] = "1 denoiser per step"
 
-    spread: float = 1.0
+    spread: float = 2.0
 
     def check(self, posterior: Posterior) -> None:
         super().check(posterior)

@@ -195,7 +195,7 @@ def test_the_evidence_has_an_honest_error() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["matched", "guided", "ddsmc"])
+@pytest.mark.parametrize("name", ["matched", "guided", "ddsmc", "mcgdiff", "afdps", "fps"])
 def test_the_evidence_of_gaussian_problems_has_an_honest_error(name: str) -> None:
     """Of 50 runs, those beyond three reported errors of the log evidence: 0.27 % each by chance; see the test above.
 
