@@ -232,6 +232,24 @@ def test_a_finer_sampling_of_one_slope_has_the_same_weight_per_pair():
         torch.testing.assert_close(AxisDifference(space).A(ramp).flatten(), torch.tensor([3.0, 3.0, 3.0, 0.0]).double())
 
 
+@pytest.mark.parametrize("step", [1e-3, 2e-3])
+def test_one_weight_says_the_same_of_one_field_at_any_spacing(step):
+    """Two plateaus, 0 and h, each 4 mm thick, seen slice by slice: they move towards each other by ``w sigma^2 / 4 mm``.
+
+    Pairs cost ``w |dx| / dz`` and there are ``1 / dz`` data per metre, so thinner slices change neither.
+    """
+    thick, h, sigma, weight = 4e-3, 3.0, 0.2, 0.02
+    n = round(thick / step)
+    space = volumes((2 * n, 1, 2), step * np.arange(2 * n))
+    one = SliceStack(MatrixOperator(torch.eye(2).double(), image_of(space)), space)
+    y = torch.cat([torch.zeros(n), h * torch.ones(n)]).double()[None, :, None].expand(1, 2 * n, 2)
+    found = ztv(one, y, sigma, Coupling(weight, iterations=40), CG(8, 1e-6))[0, :, 0]
+    moved = weight * sigma**2 / thick
+    assert 0.05 * h < moved < 0.2 * h
+    expected = moved + (h - 2 * moved) * (y[0] > 0).double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * moved)
+
+
 # --- What is exact -----------------------------------------------------------------------------------------------------------
 
 
