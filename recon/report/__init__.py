@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from recon.report.evidence import Evidence
 from recon.report.page import write_report
-from recon.report.upstream import affordable_split, examined
+from recon.report.upstream import affordable_bands, affordable_split, examined
 
-__all__ = ["Evidence", "affordable_split", "examined", "write_report"]
+__all__ = ["Evidence", "affordable_bands", "affordable_split", "examined", "write_report"]

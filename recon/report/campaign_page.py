@@ -34,8 +34,10 @@ def write_campaign(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("recon.report").joinpath("campaign.html.j2").read_text(encoding="utf-8"))
     pictures = {key: pictures_of(part) for key, part in calibration["populations"].items()}
-    about = {"c": calibration, "said": said, "words": words, "mark": _mark, "name": folder.name, "pictures": pictures}
-    write_text(folder / PAGE, template.render(about))
+    level = next(iter(calibration["populations"].values())).get("level", 0.9)
+    tools = {"mark": _mark, "figure": _figure, "share": _share, "level": level}
+    about = {"c": calibration, "said": said, "words": words, "name": folder.name, "pictures": pictures}
+    write_text(folder / PAGE, template.render(about | tools).lstrip())
     return folder / PAGE
 
 
@@ -49,6 +51,17 @@ def pictures_of(found: Mapping[str, Any]) -> list[Picture]:
 
 def _mark(finding: str) -> str:
     return {"calibrated": "calibrated", "cannot say": "say"}.get(finding, "other")
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}g}".replace("-", "−")
+
+
+def _share(one: Mapping[str, Any]) -> str:
+    """Coverage in per cent with its standard error over cases."""
+    if one["mean"] is None:
+        return "–"
+    return f"{100 * one['mean']:.1f} %" + ("" if one["error"] is None else f" ± {100 * one['error']:.1f}")
 
 
 def _ranks(histograms: Mapping[str, Mapping[str, Any]]) -> Picture:
@@ -88,7 +101,8 @@ def _coverage(coverage: Mapping[str, Mapping[str, Any]]) -> Picture | None:
     tidy(axes)
     rate = next(iter(coverage.values()))["verdict"]["false_alarm"]
     caption = (
-        f"How often intervals of {100 * level:g} % hold the truth: of pixels (all, regions) and of averages (mean of). "
+        f"How often intervals of {100 * level:g} % hold the truth: of pixels (all, regions) and of averages (mean of, means "
+        "of tiles). "
         f"A bar holds the mean over cases with probability {1 - rate:.4g}; the case is the unit. "
         f"Orange: it excludes {100 * level:g} %."
     )

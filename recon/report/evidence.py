@@ -44,7 +44,8 @@ class Evidence:
     facts: JSON values, each optional: title, operator, noise, data (text or mapping); sampler {name, claim, fields}; prior
     (mapping); calibration {status: verified, recalibrated or unverified, text, date, cases, scope, quantities {name: {status,
     text, factor}}}; residuals {groups, whiteness} and stations (see ``recon.report.examined``); units {variable: unit}; regions
-    {name: {dim: [first, last]}} (see ``recon.report.regions``); split (why there is none); cost (mapping of numbers);
+    {name: {dim: [first, last]}} (see ``recon.report.regions``); split (why there is none); bands (see
+    ``recon.report.affordable_bands``, or why there are none); cost (mapping of numbers);
     provenance (mapping); warnings (list of str).
 
     Raises InputError for shapes that do not fit.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-EDGE, GAP, BAR = 6.0, 10.0, 8.0  # pixels: around the figure, between cells, before a bar
+EDGE, GAP, BAR = 6.0, 13.0, 8.0  # pixels: around the figure, between cells, before a bar
 SHRINK = 0.9  # height of a bar, as a share of the axes beside it
 
 
@@ -47,7 +47,8 @@ def arrange(figure: Figure) -> None:
     """Place all axes that ``figure.subplots`` made, and the bars beside them; changes the height where it is too large."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    renderer = FigureCanvasAgg(figure).get_renderer()
+    canvas: Any = FigureCanvasAgg(figure)
+    renderer = canvas.get_renderer()
     made = [axes for axes in figure.axes if axes.get_subplotspec() is not None]
     cells = [_cell(axes, renderer) for axes in made]
     bars = [_bar(axes, renderer) for axes in figure.axes if hasattr(axes, "recon_parents")]
@@ -71,10 +72,12 @@ def _cell(axes: Axes, renderer: Any) -> Cell:  # noqa: ANN401
     around = axes.get_tightbbox(renderer, for_layout_only=True)
     box = axes.get_window_extent(renderer) if around is None else axes.bbox
     tall = None if axes.get_aspect() == "auto" else float(box.height / box.width)
-    margins = (0.0,) * 4
-    if around is not None:
-        margins = (box.x0 - around.x0, around.x1 - box.x1, box.y0 - around.y0, around.y1 - box.y1)
-    return Cell(axes, spec.rowspan.start, spec.colspan.start, *(max(0.0, float(m)) for m in margins), tall)
+    if around is None:
+        around = box
+    left, right, below, above = (
+        max(0.0, float(m)) for m in (box.x0 - around.x0, around.x1 - box.x1, box.y0 - around.y0, around.y1 - box.y1)
+    )
+    return Cell(axes, spec.rowspan.start, spec.colspan.start, left, right, below, above, tall)
 
 
 def _bar(axes: Axes, renderer: Any) -> Bar:  # noqa: ANN401

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recon.files import write_json, write_text, written_aside
-from recon.report import data_figures, figures, region_figures, volume_figures
+from recon.report import band_figures, data_figures, figures, region_figures, volume_figures
 from recon.report.evidence import Evidence
 from recon.report.glossary import GLOSSARY
 from recon.report.numbers import numbers, plain_json
@@ -52,7 +52,7 @@ def write_report(evidence: Evidence, folder: str | Path) -> Path:
 def drawn(evidence: Evidence, values: Mapping[str, Any]) -> tuple[Pictures, list[Pictures]]:
     """The figures of the run, and those of each quantity, by name; a figure that does not exist is left out."""
     made = {f.__name__: f(evidence) for f in (data_figures.measurement, data_figures.fit, data_figures.groups)}
-    made |= {f.__name__: f(evidence) for f in (data_figures.split, data_figures.particles)}
+    made |= {f.__name__: f(evidence) for f in (data_figures.split, data_figures.particles, band_figures.bands)}
     pairs = list(zip(quantities(evidence), values["quantities"], strict=True))[:MOST]
     each = [_of_quantity(q, figured, evidence.facts) for q, figured in pairs]
     return {name: picture for name, picture in made.items() if picture}, each
@@ -121,7 +121,7 @@ def render(evidence: Evidence, values: Mapping[str, Any], pictures: tuple[Pictur
         v=values,
         name=name,
         shapes=", ".join(f"{d} = {n}" for d, n in zip(values["space"]["dims"], values["space"]["shape"], strict=True)),
-        pictures={n: whole.get(n) for n in ("measurement", "fit", "groups", "split", "particles")},
+        pictures={n: whole.get(n) for n in ("measurement", "fit", "groups", "split", "particles", "bands")},
         quantities=_paired(values["quantities"], pictures[1]),
         left_out=[q["name"] for q in values["quantities"][MOST:]],
         by_variable=by_variable(evidence.fit, table["variable"]) if named and table else {},

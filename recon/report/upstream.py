@@ -1,6 +1,6 @@
-"""What a report needs that only the run itself can compute, since it takes the likelihood: residual checks, and the split.
+"""What a report needs that only the run itself can compute, since it takes likelihood or prior: residual checks, split, bands.
 
-All of it is JSON for ``facts.json`` except the split's maps.  Costs are bounded, as the two functions say.
+All of it is JSON for ``facts.json`` except the split's maps.  Costs are bounded, as the functions say.
 """
 
 from __future__ import annotations
@@ -16,20 +16,25 @@ from torch import Tensor
 from recon.diagnostics.fit import DataFit
 from recon.diagnostics.residuals import GroupFit, group_fit, whiteness
 from recon.diagnostics.residuals import Look as Closeness
-from recon.diagnostics.split import DataPriorSplit, data_prior_split
+from recon.diagnostics.split import DataPriorSplit, data_prior_split, determined_by_band
 from recon.ensemble import Ensemble, labelled
-from recon.errors import InputError
+from recon.errors import InputError, ReconError
 from recon.likelihoods import Likelihood
 from recon.operators.base import LinearOperator
 from recon.operators.cg import CG
 from recon.plot.canvas import short_unit
 from recon.priors.base import Prior
+from recon.samplers import unconditional
 from recon.space import Space
 
 MOST_GROUPS = 4096  # places along a dim whose chi2 is listed
 MOST_DATA = 1 << 18  # data whose whiteness is simulated
 SHARE = 0.25  # of the operator's uses while sampling, that the split may cost
 SOLVED = 0.01  # relative residual above which the split was not solved
+PRIOR_DRAWS, PRIOR_STEPS = 16, 16  # draws of the prior for a spectrum, and their Heun steps
+PRIOR_SEED = 0x62616E64  # another one than runs take, so that no noise is shared
+FEWEST_DRAWS = 6
+MOST_VALUES = 1 << 20  # of one draw
 FEWEST = 20  # iterations below which a solution of the split is not worth its name
 
 
@@ -117,6 +122,32 @@ def by_variable(fit: DataFit, variables: list[str]) -> dict[str, tuple[float, fl
         if count:
             found[name] = (float(ratio[mine].mean()), float(sd[mine].square().sum().sqrt()) / count, count)
     return found
+
+
+def affordable_bands(prior: Prior, ensemble: Ensemble) -> tuple[list[dict[str, Any]] | None, str]:
+    """What the data determined by spatial frequency, against draws of the prior itself; None and why where they cost too much.
+
+    One entry per variable (one in all where there are none): name, cycles, determined, errors (see ``determined_by_band``) and
+    draws, of the prior.  These are made with at most a quarter of the evaluations of the network while sampling (a derivative
+    counts twice), in ``ensemble.info["cost"]``.
+    """
+    cost, space = ensemble.info.get("cost", {}), ensemble.space
+    spent = cost.get("denoiser", 0) + 2 * cost.get("vjp", 0)
+    count = min(PRIOR_DRAWS, int(SHARE * spent / (2 * PRIOR_STEPS - 1)))
+    if count < FEWEST_DRAWS or space.size > MOST_VALUES:
+        return None, "draws of the prior to compare with would cost more than a quarter of the run"
+    try:
+        before = unconditional(prior, count, PRIOR_STEPS, PRIOR_SEED).x.cpu()
+        axis = space.dims.index("variable") if "variable" in space.dims and len(space.dims) > 1 else None
+        names = [""] if axis is None else [str(name) for name in space.coords.get("variable", range(space.shape[axis]))]
+        found = []
+        for i, name in enumerate(names):
+            x, y = (v if axis is None else v.select(axis + 1, i) for v in (ensemble.x.cpu(), before))
+            made = determined_by_band(x, y, ensemble.log_weights).summary()
+            found.append({"name": name, **made, "draws": count})
+    except ReconError as error:
+        return None, str(error)
+    return found, ""
 
 
 def affordable_split(likelihood: Likelihood, prior: Prior, ensemble: Ensemble) -> tuple[DataPriorSplit | None, str]:

@@ -181,7 +181,7 @@ def _recalibrations(
     contents: Sequence[Mapping[str, Any]], scope: Scope, level: float, day: str
 ) -> dict[str, dict[str, Any]]:
     """Name of an interval -> what ``recalibrate`` promises on average over values and cases; estimate: its best guess."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for content in contents for name in content["needs"]):
         lists = [content["needs"][name] for content in contents if name in content["needs"]]
         missing = [text for text in lists if isinstance(text, str)]
@@ -219,7 +219,7 @@ def _checks(
     stretches: Mapping[str, Mapping[str, Any]],
     level: float,
 ) -> dict[str, Any] | None:
-    """Title of an interval -> kind (see ``_stated``): stated, shown, decision; with how many fresh cases there are and failed."""
+    """Title of an interval -> kind (see ``_stated``): stated, shown, decision; and the number of fresh cases."""
     if not fresh:
         return None
     found = {}

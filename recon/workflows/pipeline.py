@@ -25,7 +25,7 @@ from recon.operators.base import LinearOperator
 from recon.operators.fan_beam import FanGeometry
 from recon.operators.parallel_beam import ParallelGeometry
 from recon.operators.planar import PlanarBeam
-from recon.report import Evidence, affordable_split, examined, write_report
+from recon.report import Evidence, affordable_bands, affordable_split, examined, write_report
 from recon.runs import Checkpoints, RunFolder
 from recon.samplers import sample
 from recon.samplers.loop import describe
@@ -193,7 +193,7 @@ def _evidence(
     m, card = job.measurement, job.prior.card
     others, missing = baselines(workflow, job)
     sampler = describe(job.sampler)
-    about = {
+    about: dict[str, Any] = {
         "title": card.summary if not workflow.summary else workflow.summary,
         "operator": _scan(job.operator),
         "noise": _noise(job),
@@ -208,6 +208,8 @@ def _evidence(
     fit, measured, space = data_fit(job.posterior.likelihood, ensemble), _shown(job), job.operator.range
     about |= examined(job.posterior.likelihood, ensemble, fit, _units(workflow))
     split, about["split"] = affordable_split(job.posterior.likelihood, job.prior, ensemble)
+    bands, why = affordable_bands(job.prior, ensemble)
+    about["bands"] = bands or why
     if space.complex:  # the page shows magnitudes
         space = dataclasses.replace(space, complex=False)
         fit = dataclasses.replace(fit, residual=fit.residual.abs() / math.sqrt(2))
