@@ -26,15 +26,16 @@ Groups = Callable[[int, int], "Mapping[str, xr.Dataset]"]
 """(first, last) -> what those slices are in each group of a file; "/" is the root."""
 
 
-def write_by_parts(path: Path, stream: Stream, groups: Groups) -> None:
-    """A NetCDF-4 file of all slices, part by part, whole or not at all.
+def write_by_parts(path: Path, stream: Stream, groups: Groups, many: int) -> None:
+    """A NetCDF-4 file of all slices, ``many`` at a time, whole or not at all.
 
-    What does not vary along the axis of slices is taken from the first part.
+    What does not vary along the axis of slices is taken from the first ones.
     """
     import h5netcdf
 
     with written_aside(path) as aside, h5netcdf.File(aside, "w") as file:
-        for first, last in stream.parts_of():
+        for first in range(0, stream.slices, many):
+            last = min(first + many, stream.slices)
             for name, data in groups(first, last).items():
                 place = file if name == "/" else file.groups.get(name.strip("/")) or file.create_group(name.strip("/"))
                 if first == 0:
@@ -81,7 +82,8 @@ def save_ensemble(ensemble: Ensemble, stream: Stream, path: Path, provenance: Ma
         space = portion(ensemble.space, stream.at, slice(first, last))
         return Ensemble(x.read(first, last), space, ensemble.log_weights, ensemble.info).groups(provenance)
 
-    write_by_parts(path, stream, groups)
+    # Quantiles sort draws in double precision, with their order and weights beside them.
+    write_by_parts(path, stream, groups, thin(stream, 2 + len(ensemble)))
 
 
 def save_observation(scan: Observation, stream: Stream, path: Path) -> None:
@@ -103,7 +105,12 @@ def save_observation(scan: Observation, stream: Stream, path: Path) -> None:
             data["value" if name == "values" else name] = (dims, here.numpy(), {"units": space.unit})
         return {"/": xr.Dataset(data, coords, {"Conventions": "CF-1.11", "title": "observation"})}
 
-    write_by_parts(path, stream, groups)
+    write_by_parts(path, stream, groups, stream.depth)
+
+
+def thin(stream: Stream, wide: int) -> int:
+    """Slices for which there is room where each takes ``wide`` times what it does in a step; one at least."""
+    return max(1, stream.depth // wide)
 
 
 def _coords(space: Space) -> dict[str, Any]:

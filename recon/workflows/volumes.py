@@ -46,8 +46,8 @@ SHOWN = "shown"
 FIELDS = 12
 """Parts of the volume's size that one process holds at most while it works on one part of a volume that stays on disk."""
 
-BESIDE = 0.25e9
-"""Bytes kept free for what a run loads when it writes its results and its report."""
+BESIDE, SHOWN_DATA = 0.6e9, 131_072
+"""Bytes kept free for the report, and the most data whose residuals it compares with simulated ones in that room."""
 
 
 @dataclass(frozen=True)
@@ -272,11 +272,16 @@ def taken(x: Tensor, at: int, first: int, last: int) -> Tensor:
 
 
 def shown(job: Job, ensemble: Ensemble) -> tuple[Job, Ensemble, str]:
-    """The part of a volume on disk that a report shows: the middle one; and which slices it is, in words."""
+    """The slices in the middle of a volume on disk that a report shows, its evidence and figures being several times as large.
+
+    The third of what is answered says in words which slices they are.
+    """
     stream = stream_of(job)
     assert stream is not None
-    parts = stream.parts_of()
-    first, last = parts[len(parts) // 2] if len(parts) > 2 else parts[0]
+    data = SHOWN_DATA * stream.slices // job.operator.range.size
+    many = min(stream.slices, max(2, min(data, stream.depth // (4 + 2 * len(ensemble)))))
+    first = (stream.slices - many) // 2
+    last = first + many
     job = part_of(job, first, last)
     x = taken(ensemble.x, stream.at, first, last)
     text = (
