@@ -25,6 +25,7 @@ from recon.errors import InputError
 
 TOLERANCE = 0.02
 SURE = 1.96  # standard errors: one false alarm in 20
+FEWEST = 8  # cases on either side from which a spread between them says something
 
 Decision = Literal["within", "beyond", "cannot say"]
 
@@ -100,15 +101,17 @@ def check(stated: Share, shown: Share, tolerance: float = TOLERANCE) -> Check:
     """Hold what fresh cases show against what was stated.  Raises InputError for a tolerance that is not positive."""
     if not tolerance > 0:
         raise InputError(f"a tolerance is positive; got {tolerance}")
-    if stated.error is None or shown.error is None or stated.mean is None or shown.mean is None:
-        return Check(stated, shown, tolerance, "cannot say", None)
+    if not stated.error or not shown.error or stated.mean is None or shown.mean is None:
+        return Check(stated, shown, tolerance, "cannot say", None)  # all cases alike tell no error
     difference = abs(shown.mean - stated.mean)
     error = SURE * math.hypot(stated.error, shown.error)
     variance = stated.error**2 * stated.cases + shown.error**2 * shown.cases
     needed = math.ceil(SURE**2 * variance / tolerance**2)
     decision: Decision = "cannot say"
+    if min(stated.cases, shown.cases) < FEWEST:
+        return Check(stated, shown, tolerance, decision, max(FEWEST, needed))
     if difference + error <= tolerance:
         decision = "within"
     elif difference - error > tolerance:
         decision = "beyond"
-    return Check(stated, shown, tolerance, decision, max(2, needed))
+    return Check(stated, shown, tolerance, decision, max(FEWEST, needed))

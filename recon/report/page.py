@@ -165,9 +165,12 @@ _COST = {
 
 
 def rows(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as (name, text) rows; the names of nested keys are joined by a middle dot."""
+    """A nested mapping as (name, text) rows; the names of nested keys are joined by a middle dot.
+
+    A name first, then by the alphabet: a page that is written again from its files, whose keys are sorted, is the same.
+    """
     out: list[tuple[str, str]] = []
-    for key, value in values.items():
+    for key, value in sorted(values.items(), key=lambda item: (item[0] != "name", str(item[0]))):
         name = f"{above} · {key}" if above else str(key)
         if isinstance(value, Mapping):
             out += rows(value, name)

@@ -5,7 +5,7 @@ r"""Pseudo-inverse guidance (Song et al. 2023): formula (G) of ``matching`` with
 
 which is exact for a white Gaussian prior of standard deviation ``s`` and any linear operator.  The paper's ``s`` is 1; here it
 is the prior's (``spread``, see ``widths``).  For a prior of variance 1/4 or 4 taken for 1 the mean is off by up to 15 % and the
-variance by up to 17 %, whatever the number of steps.
+variance by up to 17 %, whatever the number of steps (as published, ``guard: false``).
 
 With a prior whose values move together the white covariance is too narrow where the data see many of them at once, and the
 published pull overshoots: module ``matching`` has the condition, and what ``guard`` does about it.  What is left is the bias of

@@ -6,7 +6,7 @@ r"""Score-based data assimilation (Rozet and Louppe 2023): formula (G) of ``matc
 No system is solved.  ``gamma`` carries the gain of the operator: its unit is that of (data / field)^2, and for scalars with
 ``x ~ N(0, s^2)``, ``y = a x + n`` it would have to be ``a^2 s_l^2 / (s_l^2 + sigma^2)`` (``s_l = s`` in the latent's
 units), so no number is right at every level.  For ``a = s = 1`` the mean at signal-to-noise 1/4, 1, 4, 100 is 1.09, 1.24,
-1.22, 1.01 of the true one with gamma = 0.01 and 0.82, 0.79, 0.85, 0.98 with gamma = 1.
+1.22, 1.01 of the true one with gamma = 0.01 and 0.82, 0.79, 0.85, 0.98 with gamma = 1 (as published, ``guard=False``).
 
 Far from such data the pull of so narrow a covariance overshoots (the condition is in ``matching``, with ``gamma (s sigma)^2``
 for ``r^2 A A^T``); ``guard`` shortens it (``matching.guarded``), so that few steps and precise data do not diverge, and leaves

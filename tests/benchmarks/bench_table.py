@@ -128,7 +128,7 @@ def ct(views: int, arc: float) -> Callable[[Prior, int], Case]:
 def diffraction(prior: Prior, number: int) -> Case:
     mu, pixel, order = slices()
     space = Space.grid((128, 128), float(pixel[order[number]]), "1/m")
-    turns = torch.floor(4 * Draws(0, range(4)).uniform(0, (128, 128), "user"))
+    turns = torch.floor(4 * Draws(0, range(4)).uniform(0, (128, 128), "user")).float()
     wave = CodedDiffraction(space, torch.exp(0.5j * math.pi * turns))
     truth = torch.from_numpy(mu[order[number]].copy())
     size = float(wave.A(truth[None]).abs().square().mean().sqrt())
@@ -257,9 +257,9 @@ def cell(found: list[Case], method: str, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def wanted(known: dict[str, Any] | None, sizes: Sizes, again: bool) -> bool:
-    """Whether a cell is to be measured."""
-    if known is None:
+def wanted(known: dict[str, Any] | None, sizes: Sizes, prior: str, again: bool) -> bool:
+    """Whether a cell is to be measured: it is missing, was measured with another prior, or ran out of time."""
+    if known is None or known["prior"] != prior:
         return True
     if known["status"] == "too slow" and known["limit"] < sizes.limit:
         return True
@@ -271,17 +271,18 @@ def fill(cells: dict[str, Any], chosen: argparse.Namespace) -> int:
     sizes = Sizes(chosen.base, chosen.draws, chosen.truths, chosen.cell_seconds)
     end, left = time.monotonic() + chosen.seconds, 0
     for name in chosen.column or COLUMNS:
-        missing = [m for m in chosen.method or METHODS if wanted(cells.get(f"{name}/{m}"), sizes, chosen.again)]
+        prior = COLUMNS[name].prior()
+        label = f"{prior.card.name} ({weights(prior)})"
+        missing = [m for m in chosen.method or METHODS if wanted(cells.get(f"{name}/{m}"), sizes, label, chosen.again)]
         if not missing or time.monotonic() > end:
             left += len(missing)
             continue
-        prior = COLUMNS[name].prior()
         found = [COLUMNS[name].case(prior, number) for number in range(sizes.truths)]
         for method in missing:
             if time.monotonic() > end:
                 left += 1
                 continue
-            made = cell(found, method, sizes) | {"prior": f"{prior.card.name} ({weights(prior)})"}
+            made = cell(found, method, sizes) | {"prior": label}
             cells[f"{name}/{method}"] = made | {"date": datetime.now(UTC).date().isoformat()}
             CELLS.parent.mkdir(exist_ok=True)
             write_json(CELLS, cells)

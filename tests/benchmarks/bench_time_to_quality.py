@@ -1,16 +1,21 @@
 """Seconds until the posterior mean is as good as it gets: recon's samplers against deepinv's, with one prior, in one run.
 
-    RECON_DATA=DIR python tests/benchmarks/bench_time_to_quality.py [--slices 2] [--seconds 60] [--only NAME ...]
+    RECON_DATA=DIR python tests/benchmarks/bench_time_to_quality.py [--problem ct | mri] [--slices 2] [--first 0] [--seconds 60]
+        [--only NAME ...] [--record FILE]
 
-Sparse-view CT of held-out slices, the problem of bench_sparse_view.py.  Every contestant makes draws one by one on one thread;
-after each, the mean of those so far is compared with the truth.  The goal of a slice is the best PSNR that any contestant's
-mean reaches, less 0.1 dB; a contestant's time is the sum of its draws' times until its mean is there, or none within
-``--seconds``.  Times are those of the processor, so that what else a busy machine does is not counted; contestants take turns,
-draw by draw.  Reported: the times, and the ratio of the medians over slices of the fastest of deepinv and the fastest of recon;
-and the same for the goal that both sides reach, the best mean of the weaker one, less 0.1 dB.
+ct: sparse-view CT of held-out slices, the problem of bench_sparse_view.py.  mri: brain slices from a quarter of k-space with 8
+coils, the column "MRI 4x" of bench_table.py.  Every contestant makes draws one by one on one thread; after each, the mean of
+those so far is compared with the truth.  The goal of a slice is the best PSNR that any contestant's mean reaches, less 0.1 dB;
+a contestant's time is the sum of its draws' times until its mean is there, or none within ``--seconds``.  Times are those of
+the processor, so that what else a busy machine does is not counted.  Reported: the times, and the ratio of the medians over
+slices of the fastest of deepinv and the fastest of recon; and the same for the goal that both sides reach, the best mean of the
+weaker one, less 0.1 dB.
+
+record: a file to which every contestant is added as a line of JSON when it is done with a slice.  What is in the file is not
+run again, so that a call that was stopped can be repeated, and slices split over several.
 
 Both sides use the same denoiser and projector (``recon.operators.deepinv_bridge``) and the same noise.  deepinv expects images
-in [0, 1] and an operator of norm 1: x = HIGH u, y and its noise are divided by HIGH |A|, and noise levels outside the prior's
+in [0, 1] and an operator of norm 1: x = high u, y and its noise are divided by high |A|, and noise levels outside the prior's
 range are asked at its nearest end.  Each method has several settings (steps, weights); the best one counts.  deepinv's
 PosteriorDiffusion walks down the very levels that recon's samplers do.
 """
@@ -18,6 +23,7 @@ PosteriorDiffusion walks down the very levels that recon's samplers do.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -25,20 +31,22 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from bench_sparse_view import Case, cases
+from bench_sparse_view import cases
+from bench_table import COLUMNS
 from torch import Tensor, nn
 
 import recon
 from recon.comm import serial
+from recon.diagnostics.images import psnr
 from recon.likelihoods import GaussianLikelihood
 from recon.operators.deepinv_bridge import as_deepinv
 from recon.priors import Prior, load_prior
 from recon.samplers import METHODS, Sampler
 from recon.schedules import Karras, Schedule
 
-HIGH = 60.0  # 1/m: what deepinv's 1 stands for; above all of the truths
 TOP, BOTTOM = 20.0, 0.01  # noise levels walked, units of the latent
 NEAR = 0.1  # dB
 SIDES = ("recon", "deepinv")
@@ -50,22 +58,58 @@ RECON: dict[str, Sampler] = {
 }
 
 
-class Denoiser(nn.Module):
-    """A prior as deepinv asks a denoiser: images (n, 1, y, x) with 1 for ``HIGH``, sigma in their unit."""
+@dataclass(frozen=True)
+class Slice:
+    """One case.  high: what deepinv's 1 stands for; above all of the truths."""
 
-    def __init__(self, prior: Prior) -> None:
+    posterior: recon.Posterior
+    truth: Tensor
+    high: float
+
+    def psnr(self, image: Tensor) -> float:
+        """Of ``image``, with the range of the truth as peak."""
+        return float(psnr(image, self.truth))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """prior: the default one.  slices: made of the prior and the numbers of the held-out slices."""
+
+    prior: str
+    slices: Callable[[Prior, range], list[Slice]]
+
+
+def ct(prior: Prior, numbers: range) -> list[Slice]:
+    """Attenuation in 1/m."""
+    found = cases(numbers.stop, "rms")[numbers.start :]
+    return [Slice(recon.Posterior(prior, GaussianLikelihood(c.operator, c.y, c.sigma)), c.truth, 60.0) for c in found]
+
+
+def mri(prior: Prior, numbers: range) -> list[Slice]:
+    """Complex images of magnitude up to one, as two channels."""
+    made = [COLUMNS["MRI 4x"].case(prior, number) for number in numbers]
+    return [Slice(case.posterior, case.truth, 1.0) for case in made if case.truth is not None]
+
+
+PROBLEMS = {"ct": Problem("ct_axial", ct), "mri": Problem("brain_mr", mri)}
+
+
+class Denoiser(nn.Module):
+    """A prior as deepinv asks a denoiser: images (n, 1 or 2, y, x) with 1 for ``high``, sigma in their unit."""
+
+    def __init__(self, prior: Prior, high: float) -> None:
         super().__init__()
         self.prior = prior
-        self.shift, self.scale = float(prior.shift) / HIGH, float(prior.scale) / HIGH
+        self.shift, self.scale = float(prior.shift) / high, float(prior.scale) / high
 
     def forward(self, x: Tensor, sigma: Tensor | float, *_: object, **__: object) -> Tensor:
         levels = self.prior.schedule
-        z = (x[:, 0] - self.shift) / self.scale
+        z = (x.reshape(len(x), *self.prior.latent.shape) - self.shift) / self.scale
         asked = torch.as_tensor(sigma, dtype=z.dtype).reshape(-1)[:1] / self.scale
         given = asked.clamp(levels.sigma_min, levels.sigma_max)
         # Above the range the state is shrunk to the largest level, where next to nothing is left of it.
         z = z * (given / asked).clamp(max=1.0)
-        return (self.prior.denoise(z, given) * self.scale + self.shift)[:, None]
+        return (self.prior.denoise(z, given) * self.scale + self.shift).reshape(x.shape)
 
 
 @dataclass
@@ -80,7 +124,7 @@ class Contestant:
     spent: list[float] = field(default_factory=list)
     failed: str = ""
 
-    def turn(self, case: Case) -> None:
+    def turn(self, case: Slice) -> None:
         """One more draw."""
         start = time.process_time()
         try:
@@ -100,40 +144,69 @@ class Contestant:
         return next((t for t, p in zip(self.spent, self.psnr, strict=True) if p >= goal), None)
 
 
-def ours(prior: Prior, case: Case) -> list[Contestant]:
+@dataclass
+class Record:
+    """What was run before, and where it is written.  about: the problem, the prior and the slice."""
+
+    path: Path | None
+    about: dict[str, str | int]
+
+    def key(self, one: Contestant) -> dict[str, str | int]:
+        """What a line has to say to be this contestant's."""
+        return {**self.about, "side": one.side, "name": one.name}
+
+    def fill(self, one: Contestant, seconds: float) -> bool:
+        """Whether it had as many seconds before; its figures are then put in."""
+        lines = self.path.read_text().splitlines() if self.path is not None and self.path.is_file() else []
+        for said in map(json.loads, lines):
+            if self.key(one).items() <= said.items() and said["seconds"] >= seconds:
+                one.psnr, one.spent, one.failed = said["psnr"], said["spent"], said["failed"]
+                return True
+        return False
+
+    def add(self, one: Contestant, seconds: float) -> None:
+        """Write a line."""
+        if self.path is not None:
+            kept = {name: value for name, value in vars(one).items() if name in ("psnr", "spent", "failed")}
+            with self.path.open("a") as file:
+                file.write(json.dumps({**self.key(one), "seconds": seconds, **kept}) + "\n")
+
+
+def ours(case: Slice) -> list[Contestant]:
     """Recon's samplers, a draw at a time."""
-    posterior = recon.Posterior(prior, GaussianLikelihood(case.operator, case.y, case.sigma))
 
     def drawing(sampler: Sampler) -> Draw:
-        return lambda k: recon.sample(posterior, sampler, draws=1, seed=k, comm=serial(1)).x[0]
+        return lambda k: recon.sample(case.posterior, sampler, draws=1, seed=k, comm=serial(1)).x[0]
 
     return [Contestant("recon", name, drawing(sampler)) for name, sampler in RECON.items()]
 
 
-def theirs(prior: Prior, case: Case) -> list[Contestant]:
+def theirs(case: Slice) -> list[Contestant]:
     """deepinv's DPS, DiffPIR and PosteriorDiffusion."""
     import deepinv
     from deepinv import sampling
 
-    gain = HIGH * case.operator.norm()
-    physics = as_deepinv((HIGH / gain) * case.operator)
-    physics.noise_model = deepinv.physics.GaussianNoise(case.sigma / gain)
-    y, shape = (case.y / gain)[None, None], (1, 1, *case.truth.shape)
-    denoiser = Denoiser(prior)
+    likelihood = case.posterior.likelihood.gaussian()
+    operator, sigma = likelihood.linear("deepinv"), float(likelihood.sigma)
+    gain = case.high * operator.norm()
+    physics = as_deepinv((case.high / gain) * operator)
+    physics.noise_model = deepinv.physics.GaussianNoise(sigma / gain)
+    pixels = tuple(case.truth.shape)
+    shape = (1, *pixels) if len(pixels) == 3 else (1, 1, *pixels)
+    y = (likelihood.y / gain)[None, None]
+    denoiser = Denoiser(case.posterior.prior, case.high)
     made: dict[str, Draw] = {}
 
     def add(name: str, call: Callable[[int], Tensor]) -> None:
         def draw(k: int) -> Tensor:
             with torch.no_grad():
-                return call(k + 1)[0, 0].float() * HIGH  # seed 0 is taken for none by some
+                return call(k + 1).reshape(pixels).float() * case.high  # seed 0 is taken for none by some
 
         made[name] = draw
 
     for steps in (24, 100):
         for weight in (1.0, 7.0):  # 7 is the default
-            plan = sampling.DiffPIR(
-                denoiser, deepinv.optim.L2(), sigma=case.sigma / gain, max_iter=steps, lambda_=weight
-            )
+            plan = sampling.DiffPIR(denoiser, deepinv.optim.L2(), sigma=sigma / gain, max_iter=steps, lambda_=weight)
             add(f"DiffPIR {steps}, lambda {weight:g}", lambda k, plan=plan: plan(y, physics, seed=k))  # type: ignore[misc]
     for guidance, weight in (("norm", 1.0), ("norm", 100.0), ("annealed", 1.0)):
         dps = sampling.DPS(denoiser, num_steps=100, weight=weight, guidance=guidance, rng=torch.Generator())
@@ -158,12 +231,15 @@ def theirs(prior: Prior, case: Case) -> list[Contestant]:
     return [Contestant("deepinv", name, draw) for name, draw in made.items()]
 
 
-def race(contestants: list[Contestant], case: Case, seconds: float) -> float:
-    """Let all draw in turn until each has spent its time; returns the goal."""
-    while ready := [c for c in contestants if not c.failed and (not c.spent or c.spent[-1] < seconds)]:
-        for one in ready:
+def race(contestants: list[Contestant], case: Slice, seconds: float, record: Record) -> float:
+    """Let each draw until it has spent its time, but those on record; returns the goal."""
+    for one in contestants:
+        if record.fill(one, seconds):
+            continue
+        while not one.failed and (not one.spent or one.spent[-1] < seconds):
             one.turn(case)
-    return max(p for c in contestants for p in c.psnr) - NEAR
+        record.add(one, seconds)
+    return max((p for c in contestants for p in c.psnr), default=-math.inf) - NEAR
 
 
 def report(number: int, contestants: list[Contestant], goal: float) -> tuple[dict[str, float], dict[str, float]]:
@@ -202,23 +278,28 @@ def common(contestants: list[Contestant]) -> float:
 def main() -> None:
     """Print every slice and the ratio of medians."""
     options = argparse.ArgumentParser()
+    options.add_argument("--problem", choices=PROBLEMS, default="ct")
     options.add_argument("--slices", type=int, default=2)
+    options.add_argument("--first", type=int, default=0)
     options.add_argument("--seconds", type=float, default=60.0)
     options.add_argument("--only", nargs="+", default=[], help="beginnings of the names of contestants")
-    options.add_argument("--prior", default="ct_axial")
+    options.add_argument("--prior")
+    options.add_argument("--record", type=Path)
     chosen = options.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    prior = load_prior(chosen.prior)
+    problem = PROBLEMS[chosen.problem]
+    prior = load_prior(chosen.prior or problem.prior)
     prior.denoise(torch.zeros(1, *prior.latent.shape), 1.0)  # what is built on first use is not timed
     found: list[tuple[dict[str, float], dict[str, float]]] = []
-    for number, case in enumerate(cases(chosen.slices, "rms")):
+    numbers = range(chosen.first, chosen.first + chosen.slices)
+    for number, case in zip(numbers, problem.slices(prior, numbers), strict=True):
         contestants = [
-            c
-            for c in [*ours(prior, case), *theirs(prior, case)]
-            if not chosen.only or c.name.startswith(tuple(chosen.only))
+            c for c in [*ours(case), *theirs(case)] if not chosen.only or c.name.startswith(tuple(chosen.only))
         ]
-        found.append(report(number, contestants, race(contestants, case, chosen.seconds)))
+        about: dict[str, str | int] = {"problem": chosen.problem, "prior": prior.card.name, "slice": number}
+        goal = race(contestants, case, chosen.seconds, Record(chosen.record, about))
+        found.append(report(number, contestants, goal))
     goals = (f"the best mean of all less {NEAR} dB", f"the best mean of the weaker side less {NEAR} dB")
     for goal, times in zip(goals, zip(*found, strict=True), strict=True):
         middle = {side: statistics.median(one[side] for one in times) for side in SIDES}

@@ -81,5 +81,10 @@ def test_a_statement_is_confirmed_refuted_or_left_open() -> None:
     assert open_.cases_needed == math.ceil(1.96**2 * sum(each) / 0.02**2) > 20
     assert check(share([0.9]), right).decision == "cannot say" and check(share([0.9]), right).cases_needed is None
     assert check(right, right).summary()["stated"]["cases"] == 3000
+    same = share([1.0] * 50)  # 50 of 50 inside: the error is not zero, it is not known
+    assert check(same, right).decision == check(right, same).decision == check(same, same).decision == "cannot say"
+    close = [Share(0.9, 0.001, n) for n in (7, 8)]
+    assert [check(one, close[1]).decision for one in close] == ["cannot say", "within"]
+    assert check(close[0], close[1]).cases_needed == 8
     with pytest.raises(InputError, match="a tolerance is positive"):
         check(right, right, 0.0)

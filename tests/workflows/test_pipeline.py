@@ -63,7 +63,8 @@ def test_a_run_leaves_everything(finished: Path) -> None:
     done = json.loads((finished / "DONE.json").read_text())
     wanted = {"config.input.yaml", "config.resolved.yaml", "environment.json", "measurement.nc", "ensemble.nc"}
     wanted |= {"evidence.nc", "facts.json", "report.html", "report.json", "figures.nc"}
-    assert wanted == set(done["files"]) == {p.name for p in finished.iterdir()} - {"DONE.json"}
+    assert wanted == set(done["files"]) == {p.name for p in finished.iterdir()} - {"DONE.json", "figures"}
+    assert all(path.suffix == ".csv" for path in (finished / "figures").iterdir())
     assert all(sha256(finished / name) == digest for name, digest in done["files"].items())
     ensemble = xr.open_dataset(finished / "ensemble.nc")
     assert ensemble["x"].attrs["units"] == "mm" and ensemble["mean"].attrs["units"] == "1/m"

@@ -94,6 +94,16 @@ def job(lab: Path, *changes: str, **more: Any):
     return prepare(load_workflow(lab / "w.yaml", changes, lab), **more)
 
 
+PAGES = {name: getattr(pipeline, name) for name in ("write_report", "examined")}
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn, though the module leaves them out."""
+    for name, own in PAGES.items():
+        monkeypatch.setattr(pipeline, name, own)
+
+
 @pytest.fixture(scope="module")
 def pages_left_out() -> Iterator[None]:
     """No figures are drawn, which takes most of a run here."""
@@ -269,7 +279,7 @@ def test_check_grows_a_few_slices_to_the_whole(lab: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["run=null", ON_DISK])
-def test_the_pages_of_a_volume(lab: Path, tmp_path: Path, by_two: None, change: str) -> None:
+def test_the_pages_of_a_volume(lab: Path, tmp_path: Path, by_two: None, pages: None, change: str) -> None:
     """Of the whole, or of the part that memory holds; written again from the files."""
     found = run(lab, tmp_path / "a", change)
     page = (found / "report.html").read_text()
