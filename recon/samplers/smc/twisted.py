@@ -11,6 +11,10 @@ With ``Matched`` the prior's kernel is the bridge over ``z0 ~ N(D, C')``: it doe
 ancestral kernel does (one step of log sigma).  For a white Gaussian prior it is exact, and for any prior whose posterior given
 ``z`` is nearly Gaussian and of one width outside the directions of the data.  With ``Guided`` and ``Plain`` the kernel is the
 ancestral one and the limit of many particles has its deficit.
+
+Resampling by a guess that later proves wrong costs more than it saves, and between modes a Gaussian psi is wrong: on mixtures
+whose modes the data barely tell apart, shares of the modes scattered up to five times less with resampling below a fifth of
+the particles than below half of them (log evidence: .05 against .13), and equally elsewhere.  Hence the default threshold.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ class TwistedSMC(ParticleSampler):
     )
 
     steps: int = 200
+    threshold: float = 0.2
     grid: Grid = field(default_factory=LogLinear)
     twist: Twist = field(default_factory=Matched)
 
