@@ -91,6 +91,7 @@ def test_processes_change_no_bit(alone, tmp_path, size):
 
 
 @needs_mpi
+@pytest.mark.slow
 @pytest.mark.mpi
 def test_a_killed_process_then_others_in_another_number(alone, tmp_path):
     job = subprocess.Popen(

@@ -114,7 +114,7 @@ CASES = {
 # One of each kind of data with every commit; all of them in the long suite.
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("fan", "mri", "stations") else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+    [name if name in ("mri", "stations") else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
 )
 def test_a_workflow_becomes_a_report(name: str, lab: Path, workspace: Path, tmp_path: Path) -> None:
     problem, prior, kind, others = CASES[name]

@@ -396,7 +396,7 @@ def test_one_two_and_three_processes_give_the_same_bits() -> None:
             [str(MPIEXEC), "-n", str(count), sys.executable, "-c", PROGRAM],
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=300,
             check=False,
         )
         assert done.returncode == 0, done.stderr
