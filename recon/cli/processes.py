@@ -25,6 +25,7 @@ EXIT = {InputError: 2, Stopped: 75}
 
 _RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PALS_RANKID", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 _COURTESY = 1.0  # seconds by which other ranks let the first speak, when all of them met the same bad input
+_PASSING = 1.0  # seconds for the launcher to pass on what was said: it may drop the rest of a job that aborts
 
 
 def size() -> int:
@@ -103,6 +104,7 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     if failure.exc_value is None or isinstance(failure.exc_value, SystemExit):
         return
     _complain(_trace(failure.exc_value))
+    time.sleep(_PASSING)
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None:
         mpi.COMM_WORLD.Abort(1)
