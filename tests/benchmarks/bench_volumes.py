@@ -180,12 +180,12 @@ def line(r: dict[str, Any]) -> str:
     return f"{r['problem']:12s} {r['method']:12s} {cells} {r['roughness']:10.2f} {r['chi2']:9.2f} {r['seconds']:9.1f}\n"
 
 
-def known(file: Path | None, settings: str | None = None) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows that a file has, by problem and method; those of other settings are left out."""
+def known(file: Path | None) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The rows that a file has, by problem, method and settings; of several alike the last."""
     if file is None or not file.exists():
         return {}
     rows = [json.loads(text) for text in file.read_text().splitlines()]
-    return {(r["problem"], r["method"]): r for r in rows if "psnr" in r and settings in (None, r["settings"])}
+    return {(r["problem"], r["method"], r["settings"]): r for r in rows if "psnr" in r}
 
 
 def main() -> None:
@@ -244,7 +244,7 @@ def measure(given: argparse.Namespace) -> None:
         p = problem(name, whole[part], angles)
         for method in given.methods:
             settings = said(given, name, method)
-            have = known(given.record, settings).get((name, method))
+            have = known(given.record).get((name, method, settings))
             if have is None:
                 start = time.process_time()
                 try:
@@ -320,26 +320,26 @@ def title(problem: str) -> str:
     return f"{problem} over 180 degrees"
 
 
-def page(rows: dict[tuple[str, str], dict[str, Any]], record: Path) -> str:
+def page(rows: dict[tuple[str, str, str], dict[str, Any]], record: Path) -> str:
     """The Markdown of docs/volumes.md."""
-    problems = list(dict.fromkeys(problem for problem, _ in rows))
+    problems = list(dict.fromkeys(problem for problem, _, _ in rows))
     tables, order = [], []
     for problem in problems:
-        mine = {m: rows[problem, m] for m in METHODS if (problem, m) in rows}
+        mine = [(m, r) for m in METHODS for (where, method, _), r in rows.items() if (where, method) == (problem, m)]
         tables.append(
             f"## {title(problem)}\n\n| | axial | coronal | sagittal | roughness | misfit | seconds |\n{'|---' * 7}|\n"
         )
-        for name, r in mine.items():
+        for name, r in mine:
             cells = " | ".join(f"{v:.2f}" for v in r["psnr"])
             about = r["settings"].split(": ", 1)[1]
             label = f"{NAMES[name]} ({about})" if about else NAMES[name]
             tables.append(f"| {label} | {cells} | {r['roughness']:.2f} | {r['chi2']:.2f} | {r['seconds']:.0f} |\n")
         tables.append("\n")
-        if {"mbir", "dds"} <= mine.keys():
-            gain = np.mean(mine["dds"]["psnr"]) - np.mean(mine["mbir"]["psnr"])
-            ratio = mine["mbir"]["seconds"] / mine["dds"]["seconds"]
+        for dds, mbir in ((a, b) for one, a in mine for other, b in mine if (one, other) == ("dds", "mbir")):
+            gain, ratio = np.mean(dds["psnr"]) - np.mean(mbir["psnr"]), mbir["seconds"] / dds["seconds"]
             order.append(
-                f"Here, with {problem}, DDS is {gain:+.2f} dB from DiffusionMBIR in 1/{ratio:.1f} of its time."
+                f"Here, with {problem}, DDS in {dds['settings'].split(': ', 1)[1].split(',')[0]} is {gain:+.2f} dB from "
+                f"DiffusionMBIR in 1/{ratio:.1f} of its time."
             )
     timed = [json.loads(text) for text in record.read_text().splitlines()]
     order += [r["said"] for r in timed if "said" in r][-1:]
