@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Space": "recon.space",
     "Draws": "recon.draws",
+    "Pairs": "recon.draws",
     "Posterior": "recon.posterior",
     "Ensemble": "recon.ensemble",
     "sample": "recon.samplers",

@@ -31,7 +31,9 @@ _MANY_BLOCKS = 64  # from here on numpy's own generator is faster than setting u
 class Draws:
     """The random numbers of some draws of one case.
 
-    seed: of the run.  members: the global indices of the draws.  case: which problem of a batch.
+    seed: of the run.  members: the global indices of the draws.  case: which problem of a batch.  antithetic: the normal
+    numbers of draw ``2 k + 1`` are those of draw ``2 k`` with the other sign (Hammersley & Morton 1956), so each draw by itself
+    has the same law, and what is odd in the noise cancels in the mean of a pair.  Uniform numbers stay every draw's own.
 
     Raises InputError for numbers outside [0, 2^32) (seed: [0, 2^64)).
     """
@@ -39,6 +41,7 @@ class Draws:
     seed: int
     members: Sequence[int]
     case: int = 0
+    antithetic: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "members", tuple(int(m) for m in self.members))
@@ -95,6 +98,12 @@ class Draws:
         if dtype.is_complex:
             parts = self.normal(step, (*shape, 2), stream, dtype=dtype.to_real(), first=2 * first)
             return torch.view_as_complex(parts)
+        if self.antithetic:
+            halves = sorted({m // 2 for m in self.members})
+            numbers = Draws(self.seed, [2 * half for half in halves], self.case)
+            each = numbers.normal(step, shape, stream, dtype=dtype, first=first)[[halves.index(m // 2) for m in self.members]]
+            sign = torch.tensor([1 - 2 * (m % 2) for m in self.members], dtype=dtype)
+            return each * sign.reshape(-1, *([1] * len(shape)))
         count = math.prod(shape)
         start = first - first % 2
         pairs = math.ceil((first + count - start) / 2)
@@ -103,6 +112,20 @@ class Draws:
         both = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2).reshape(len(self), 2 * pairs)
         wanted = both[:, first - start : first - start + count]
         return torch.from_numpy(wanted).to(dtype).reshape(len(self), *shape)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """So many pairs of draws with opposite noise, where a number of independent draws could stand; see ``Draws.antithetic``.
+
+    Raises InputError for fewer than one.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InputError(f"at least 1 pair of draws; got {self.count}")
 
 
 def blocks(draws: int, block: int) -> list[range]:

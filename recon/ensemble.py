@@ -69,10 +69,25 @@ class Ensemble:
         """Effective sample size: ``1 / sum w^2`` (Kish), and of draws that were resampled no more than their ``ancestors``.
 
         Copies of one particle are one draw however equal their weights: what refuses interval maps to few draws refuses them to
-        a collapsed ensemble too.
+        a collapsed ensemble too.  Antithetic pairs count as one draw each: that holds for spread and quantiles; their mean is
+        worth more (see ``mean_error``).
         """
-        kish = float(1 / self.weights.square().sum())
+        w = self._pair_weights() if self.antithetic else self.weights
+        kish = float(1 / w.square().sum())
         return kish if self.ancestors is None else min(kish, float(self.ancestors))
+
+    @property
+    def antithetic(self) -> bool:
+        """Whether draws ``2 k`` and ``2 k + 1`` were made with opposite noise (see ``recon.draws``)."""
+        return bool(self.info.get("antithetic"))
+
+    def independent(self) -> Ensemble:
+        """Draws that are independent of each other: all of them, or the first of every antithetic pair."""
+        if not self.antithetic:
+            return self
+        assert self.log_weights is not None  # set in __post_init__
+        info = {name: value for name, value in self.info.items() if name != "antithetic"}
+        return Ensemble(self.x[::2], self.space, self.log_weights[::2], info)
 
     @property
     def ancestors(self) -> int | None:
@@ -87,11 +102,38 @@ class Ensemble:
         """Weighted mean, *space.shape."""
         return (self._weight() * self.x).sum(0)
 
+    def _pair_weights(self) -> Tensor:
+        """Of antithetic pairs: (draw / 2,)."""
+        return self.weights.reshape(-1, 2).sum(1)
+
+    def mean_variance(self) -> Tensor:
+        """Estimated variance of ``mean()`` from draw to draw, or from pair to pair: *space.shape.
+
+        ``sum w^2 (x - m)^2 / (1 - sum w^2)``, with pairs and their means in place of draws where those are antithetic.
+        Raises InputError with fewer than 2 draws or pairs.
+        """
+        w, x = (self.weights, self.x)
+        if self.antithetic:
+            w = self._pair_weights()
+            own = self._weight() * self.x
+            x = (own[::2] + own[1::2]) / w.to(self.x.dtype).reshape(-1, *([1] * len(self.space.shape)))
+        if len(x) < 2:
+            raise InputError(f"the error of a mean needs at least 2 {'pairs' if self.antithetic else 'draws'}")
+        share = (w.square() / (1 - w.square().sum())).to(x.dtype)
+        return (share.reshape(-1, *([1] * len(self.space.shape))) * (x - self.mean()) ** 2).sum(0)
+
     def std(self) -> Tensor:
-        """Weighted standard deviation, *space.shape.  Raises InputError with fewer than 2 draws."""
+        """Weighted standard deviation, *space.shape.
+
+        The square is unbiased: ``sum w (x - m)^2`` lacks the variance of ``m``, which is ``sum w^2`` of what is sought, or,
+        where draws are antithetic, less than that and estimated from pairs.
+        Raises InputError with fewer than 2 draws (antithetic: 2 pairs).
+        """
         if len(self) < 2:
             raise InputError("a standard deviation needs at least 2 draws")
         squares = (self._weight() * (self.x - self.mean()) ** 2).sum(0)
+        if self.antithetic:
+            return (squares + self.mean_variance()).sqrt()
         return (squares / float(1 - self.weights.square().sum())).sqrt()
 
     def quantile(self, q: float | Sequence[float]) -> Tensor:
@@ -113,6 +155,7 @@ class Ensemble:
         places = (torch.arange(n, dtype=torch.float64) + u) / n
         picks = torch.searchsorted(self.weights.cumsum(0), places).clamp(max=len(self) - 1)
         info = {**self.info, "resampled_from": len(self), "distinct": len(picks.unique())}
+        info.pop("antithetic", None)
         return Ensemble(self.x[picks], self.space, None, info)
 
     def to_xarray(self) -> xr.Dataset:

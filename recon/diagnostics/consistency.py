@@ -74,6 +74,7 @@ def self_consistency(
     Raises InputError for fewer draws than cases (a weighted ensemble counts its effective ones), or a sampler that cannot
     handle the stacked measurements (a Gaussian one stays a Gaussian one on the same operator).
     """
+    ensemble = ensemble.independent()
     if ensemble.ess < again.cases - 1e-6:
         raise InputError(
             f"{again.cases} cases take as many independent draws; the ensemble is worth {ensemble.ess:.3g}: "

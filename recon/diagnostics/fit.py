@@ -134,7 +134,7 @@ def data_fit(likelihood: Likelihood, ensemble: Ensemble, false_alarm: float = 1e
     difference = operator.domain.mismatch(ensemble.space)
     if difference:
         raise InputError(f"the ensemble is not on the operator's domain: {difference}")
-    likelihood = judged(likelihood)
+    likelihood, ensemble = judged(likelihood), ensemble.independent()
     x, weights = ensemble.x.detach(), ensemble.weights
     sums = _Sums(operator.range)
     with torch.no_grad():

@@ -33,12 +33,15 @@ PAIRS = 1 << 22  # pairs of pixels x draws held at a time by the variogram score
 LARGEST = 4096  # values whose pairs the variogram score compares
 
 
-def fair_crps(x: Array, truth: Array, log_weights: Array | None = None) -> Tensor:
+def fair_crps(x: Array, truth: Array, log_weights: Array | None = None, antithetic: bool = False) -> Tensor:
     """Fair continuous ranked probability score per pixel, in data units: *space, float64.
 
-    x: (draw, *space).  truth: *space.  log_weights: (draw,).  O(M log M) per pixel, a slab of pixels at a time.
-    Raises InputError for a single draw, values that are no numbers, or shapes that do not fit.
+    x: (draw, *space).  truth: *space.  log_weights: (draw,).  antithetic: draws ``2 k`` and ``2 k + 1`` have opposite noise;
+    they are not a pair of independent draws and are not compared.  O(M log M) per pixel, a slab of pixels at a time.
+    Raises InputError for a single draw (antithetic: pair), values that are no numbers, or shapes that do not fit.
     """
+    if antithetic:
+        return _paired_crps(draws_of(x, 4, "the fair CRPS of antithetic pairs"), truth, log_weights)
     x = draws_of(x, 2, "the fair CRPS")
     truth = truth_of(truth, x)
     w = weights_of(log_weights, len(x))
@@ -59,6 +62,17 @@ def fair_crps(x: Array, truth: Array, log_weights: Array | None = None) -> Tenso
         else:
             out[part] = _weighted_crps(error, w.numpy(), pairs_share)
     return torch.from_numpy(out).reshape(truth.shape)
+
+
+def _paired_crps(x: Tensor, truth: Array, log_weights: Array | None) -> Tensor:
+    """All pairs less the antithetic ones, over the weight of what is left."""
+    w = weights_of(log_weights, len(x))
+    share, own = several(w, "the fair CRPS"), w[::2] * w[1::2]
+    near = (x - truth_of(truth, x)).double().abs()
+    first = torch.einsum("d,d...->...", w, near)
+    apart = share * (first - fair_crps(x, truth, log_weights))  # sum_{d<e} w_d w_e |x_d - x_e|
+    within = torch.einsum("d,d...->...", own, (x[::2].double() - x[1::2].double()).abs())
+    return first - (apart - within) / (share - 2 * float(own.sum()))
 
 
 def _weighted_crps(error: np.ndarray, w: np.ndarray, distinct: float) -> np.ndarray:

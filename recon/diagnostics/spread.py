@@ -70,7 +70,7 @@ def ensemble_spread(
     fraction = determined(ensemble, prior_variance)
     return Spread(
         std=_rms(std) if std is not None else math.nan,
-        mean_error=_rms(std) / math.sqrt(ensemble.ess) if std is not None else math.nan,
+        mean_error=_rms(mean_error(ensemble)) if several else math.nan,
         std_error=std_error(ensemble),
         coverage=dict.fromkeys(LEVELS) if truth is None else _coverages(ensemble, truth, LEVELS),
         skill=spread_skill(ensemble, truth) if known and truth is not None else None,
@@ -82,8 +82,11 @@ def ensemble_spread(
 
 
 def mean_error(ensemble: Ensemble) -> Tensor:
-    """Monte-Carlo standard error of the mean map, ``std / sqrt(ESS)``: *space.shape.  Raises InputError for a single draw."""
-    return ensemble.std() / math.sqrt(ensemble.ess)
+    """Monte-Carlo standard error of the mean map: *space.shape.
+
+    ``std / sqrt(ESS)``; of antithetic draws, from the means of their pairs.  Raises InputError for a single draw or pair.
+    """
+    return ensemble.mean_variance().sqrt() if ensemble.antithetic else ensemble.std() / math.sqrt(ensemble.ess)
 
 
 def std_error(ensemble: Ensemble) -> float:
@@ -116,7 +119,7 @@ def _coverages(ensemble: Ensemble, truth: Tensor, levels: Sequence[float]) -> di
 
 def outside(ensemble: Ensemble, truth: Tensor) -> float:
     """Fraction of pixels whose truth lies outside the range of the draws; ``2/(M+1)`` is expected.  truth: *space.shape."""
-    truth = _fitting(ensemble, truth)
+    truth, ensemble = _fitting(ensemble, truth), ensemble.independent()
     return float(((truth < ensemble.x.amin(0)) | (truth > ensemble.x.amax(0))).double().mean())
 
 
@@ -126,7 +129,10 @@ def spread_skill(ensemble: Ensemble, truth: Tensor) -> float:
     truth: *space.shape.  Raises InputError when shapes do not fit or there is one draw only.
     """
     error = _rms(ensemble.mean().double() - _fitting(ensemble, truth).double())
-    ratio = math.sqrt((ensemble.ess + 1) / ensemble.ess) * _rms(ensemble.std())
+    if ensemble.antithetic:  # whose mean is better than that of as many draws
+        ratio = _rms((ensemble.std().square() + ensemble.mean_variance()).sqrt())
+    else:
+        ratio = math.sqrt((ensemble.ess + 1) / ensemble.ess) * _rms(ensemble.std())
     return ratio / error if error > 0 else math.inf
 
 
@@ -138,7 +144,7 @@ def crps(ensemble: Ensemble, truth: Tensor) -> Tensor:
     """
     if len(ensemble) < 2:
         raise InputError("the fair CRPS needs at least 2 draws")
-    return fair_crps(ensemble.x, _fitting(ensemble, truth), ensemble.log_weights)
+    return fair_crps(ensemble.x, _fitting(ensemble, truth), ensemble.log_weights, ensemble.antithetic)
 
 
 def determined(ensemble: Ensemble, prior_variance: float | Tensor | None) -> Tensor | None:
@@ -165,6 +171,7 @@ def reliability(ensemble: Ensemble, truth: Tensor, bins: int = 10) -> tuple[list
     since a group picked for its small std would have too small a std; and the spread carries the factor ``sqrt((M+1)/M)``.
     Raises InputError when shapes do not fit or there are fewer than 4 draws.
     """
+    ensemble = ensemble.independent()
     if len(ensemble) < 4:
         raise InputError(f"error against spread takes two halves of at least 2 draws; got {len(ensemble)} draws")
     error = (ensemble.mean().double() - _fitting(ensemble, truth).double()).flatten()

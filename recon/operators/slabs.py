@@ -139,7 +139,7 @@ class Slab:
 
     def draws(self, draws: Draws) -> Draws:
         """The same random numbers, of this rank's part of the volume alone."""
-        return draws if self.alone else _Part(draws.seed, draws.members, draws.case, self)
+        return draws if self.alone else _Part(draws, self)
 
     def _mine(self) -> None:
         """Refuse a second thread, whose messages would meet those of the first in no order."""
@@ -152,8 +152,8 @@ class Slab:
 class _Part(Draws):
     """Draws whose normal numbers are those of a slab at their global positions."""
 
-    def __init__(self, seed: int, members: Sequence[int], case: int, slab: Slab) -> None:
-        super().__init__(seed, members, case)
+    def __init__(self, of: Draws, slab: Slab) -> None:
+        super().__init__(of.seed, of.members, of.case, of.antithetic)
         object.__setattr__(self, "slab", slab)
 
     def normal(

@@ -266,14 +266,14 @@ class Stream(Slab):
 
     def draws(self, draws: Draws) -> Draws:
         """The same random numbers, made slice by slice when they are read."""
-        return _Streamed(draws.seed, draws.members, draws.case, self)
+        return _Streamed(draws, self)
 
 
 class _Streamed(Draws):
     """Draws whose normal numbers of a whole volume are streamed."""
 
-    def __init__(self, seed: int, members: Sequence[int], case: int, stream: Stream) -> None:
-        super().__init__(seed, members, case)
+    def __init__(self, of: Draws, stream: Stream) -> None:
+        super().__init__(of.seed, of.members, of.case, of.antithetic)
         object.__setattr__(self, "stream", stream)
 
     def normal(

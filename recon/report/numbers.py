@@ -14,7 +14,7 @@ from torch import Tensor
 from recon.diagnostics.images import nrmse, psnr, rmse, ssim
 from recon.diagnostics.intervals import ANCESTORS
 from recon.diagnostics.montecarlo import monte_carlo_errors
-from recon.diagnostics.spread import LEVELS, draws_needed, ensemble_spread
+from recon.diagnostics.spread import LEVELS, draws_needed, ensemble_spread, mean_error
 from recon.diagnostics.weights import weight_health
 from recon.ensemble import Ensemble
 from recon.errors import InputError
@@ -112,6 +112,7 @@ def _draws(ensemble: Ensemble) -> dict[str, Any]:
     return {
         "count": len(ensemble),
         "ess": ensemble.ess,
+        "antithetic": ensemble.antithetic,
         "distinct": info.get("distinct", info.get("distinct_ancestors")),
         "not_finite": int(bad.sum()),
         "draws_not_finite": int(bad.any(1).sum()),
@@ -136,10 +137,13 @@ def _monte_carlo(ensemble: Ensemble) -> dict[str, Any] | None:
     """rms of the standard errors of the maps, and of the std map itself to compare with; None where draws are no numbers."""
     if not _finite(ensemble):
         return None
-    found = monte_carlo_errors(ensemble.x, ensemble.log_weights).summary()
+    apart = ensemble.independent()
+    found = monte_carlo_errors(apart.x, apart.log_weights).summary()
     std = (
         float(ensemble.std().double().square().mean().sqrt()) if len(ensemble) > 1 and ensemble.ess > 1 + 1e-9 else None
     )
+    if ensemble.antithetic and std is not None:
+        found["mean"] = float(mean_error(ensemble).double().square().mean().sqrt())
     return {**found, "rms_std": std}
 
 

@@ -48,6 +48,7 @@ class DrawsTold(_Part):
 
     count: int
     ess: float
+    antithetic: bool = Field(default=False, description="whether draws come in pairs with opposite noise")
     distinct: int | None
     not_finite: int
     draws_not_finite: int

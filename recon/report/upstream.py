@@ -131,7 +131,7 @@ def affordable_bands(prior: Prior, ensemble: Ensemble) -> tuple[list[dict[str, A
     draws, of the prior.  These are made with at most a quarter of the evaluations of the network while sampling (a derivative
     counts twice), in ``ensemble.info["cost"]``.
     """
-    cost, space = ensemble.info.get("cost", {}), ensemble.space
+    cost, space, ensemble = ensemble.info.get("cost", {}), ensemble.space, ensemble.independent()
     spent = cost.get("denoiser", 0) + 2 * cost.get("vjp", 0)
     count = min(PRIOR_DRAWS, int(SHARE * spent / (2 * PRIOR_STEPS - 1)))
     if count < FEWEST_DRAWS or space.size > MOST_VALUES:
@@ -164,6 +164,7 @@ def affordable_split(likelihood: Likelihood, prior: Prior, ensemble: Ensemble) -
         return None, "the variables have different units, and one filter cannot serve them"
     if not isinstance(operator, LinearOperator) or likelihood.operator.domain.complex:
         return None, "it needs a linear operator"
+    ensemble = ensemble.independent()
     if not bool(torch.isfinite(ensemble.x).all()) or len(ensemble) < 2:
         return None, "it needs two draws that are numbers"
     spent = ensemble.info.get("cost", {})

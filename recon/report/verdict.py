@@ -261,7 +261,9 @@ def _draws(numbers: Mapping[str, Any]) -> list[Statement]:
             *lines,
             Statement("look", "Draws", "A single draw says nothing about uncertainty: no spread, no intervals."),
         ]
-    if draws["ess"] < 0.99 * draws["count"]:
+    if draws.get("antithetic"):
+        count += f" in pairs with opposite noise, for intervals worth {number(draws['ess'], 2)}"
+    elif draws["ess"] < 0.99 * draws["count"]:
         count += f", unequally weighted and worth {number(draws['ess'], 2)}"
     if draws["distinct"] is not None and draws["distinct"] < draws["count"]:
         count += f", with {draws['distinct']} distinct ancestors"

@@ -86,6 +86,10 @@ def calibrate(
     comm = ranks.from_environment()
     wanted = wanted or Wanted()
     workflow = load_workflow(path, overrides, workspace)
+    if workflow.antithetic:
+        raise InputError(
+            "ranks and coverage are known of independent draws only, and these come in pairs; set antithetic: false"
+        )
     job = prepare(workflow)
     campaign = campaign_of(workflow, job, wanted)
     identity = identity_of(workflow, job)

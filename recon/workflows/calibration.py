@@ -68,6 +68,7 @@ def identity_of(workflow: Workflow, job: Job) -> dict[str, Any]:
         "prior": _prior(workflow, job, given.prior.rsplit(" ", 1)[-1]),
         "sampler": {"method": sampler["method"], **sampler["fields"]},
         "draws": workflow.draws,
+        **({"antithetic": True} if workflow.antithetic else {}),
     }
     return dict(json.loads(json.dumps(value, default=str)))
 

@@ -20,7 +20,7 @@ def forecast(workflow: Workflow, job: Job, comm: Comm, growth: float = 1.0, memo
     growth: how many times the work of ``job`` the run is.  memory: what it takes, where that is not seen from ``job``.
     """
     operator, sampler = job.operator, job.sampler
-    block = workflow.block or default_block(job.posterior)
+    block = workflow.block or default_block(job.posterior, workflow.antithetic)
     pieces = blocks(workflow.draws, block)
     per_worker = math.ceil(math.ceil(len(pieces) / comm.draws.size) / comm.workers)
     seconds = _step_seconds(job, Draws(workflow.seed, pieces[0]))

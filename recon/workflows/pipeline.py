@@ -118,7 +118,7 @@ def _carry_out(
     with checkpoints.stopping_on_signals(), room(folder.path):
         try:
             ensemble = sample(
-                job.posterior, job.sampler, workflow.draws, workflow.seed, workflow.block, comm, checkpoints
+                job.posterior, job.sampler, workflow.asked, workflow.seed, workflow.block, comm, checkpoints
             )
         except Diverged as error:  # what is finite is a result, and says what is missing
             if error.ensemble is None:

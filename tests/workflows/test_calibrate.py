@@ -498,6 +498,8 @@ def test_more_cases_keep_those_there_are(whole: Path, place: Path, tmp_path: Pat
 def test_a_folder_of_something_else_is_refused(whole: Path, place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds another campaign \(draws is 20, in the campaign 39\)"):
         held(place, whole, "draws=20")
+    with pytest.raises(InputError, match="these come in pairs; set antithetic: false"):
+        held(place, tmp_path / "pairs", "antithetic=true", "draws=20")
     (tmp_path / "note").write_text("mine")
     with pytest.raises(InputError, match="is not empty and holds no campaign"):
         held(place, tmp_path)
