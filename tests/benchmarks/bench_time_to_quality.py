@@ -4,19 +4,20 @@
         [--only NAME ...] [--record FILE]
 
 ct: sparse-view CT of held-out slices, the problem of bench_sparse_view.py.  mri: brain slices from a quarter of k-space with 8
-coils, the column "MRI 4x" of bench_table.py.  Every contestant makes draws one by one on one thread; after each, the mean of
-those so far is compared with the truth.  The goal of a slice is the best PSNR that any contestant's mean reaches, less 0.1 dB;
-a contestant's time is the sum of its draws' times until its mean is there, or none within ``--seconds``.  Times are those of
-the processor, so that what else a busy machine does is not counted.  Reported: the times, and the ratio of the medians over
-slices of the fastest of deepinv and the fastest of recon; and the same for the goal that both sides reach, the best mean of the
-weaker one, less 0.1 dB.
+coils, the column "MRI 4x" of bench_table.py.  Every contestant makes draws one by one on one thread (those called "pairs" two
+by two, with opposite noise); after each, the mean of those so far is compared with the truth.  The goal of a slice is the best
+PSNR that any contestant's mean reaches, less 0.1 dB; a contestant's time is the sum of its draws' times until its mean is
+there, or none within ``--seconds``.  Times are those of the processor, so that what else a busy machine does is not counted.
+Reported: the times, and the ratio of the medians over slices of the fastest of deepinv and the fastest of recon; and the same
+for the goal that both sides reach, the best mean of the weaker one, less 0.1 dB.  Also the fair CRPS (mean over pixels) of the
+draws of each side's fastest.
 
 record: a file to which every contestant is added as a line of JSON when it is done with a slice.  What is in the file is not
 run again, so that a call that was stopped can be repeated, and slices split over several.
 
 Both sides use the same denoiser and projector (``recon.operators.deepinv_bridge``) and the same noise.  deepinv expects images
 in [0, 1] and an operator of norm 1: x = high u, y and its noise are divided by high |A|, and noise levels outside the prior's
-range are asked at its nearest end.  Each method has several settings (steps, weights); the best one counts.  deepinv's
+range are asked at its nearest end.  Each method has several settings (steps, weights, renewal); the best one counts.  deepinv's
 PosteriorDiffusion walks down the very levels that recon's samplers do.
 """
 
@@ -31,6 +32,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -41,20 +43,25 @@ from torch import Tensor, nn
 import recon
 from recon.comm import serial
 from recon.diagnostics.images import psnr
+from recon.diagnostics.scores import fair_crps
+from recon.draws import Pairs
 from recon.likelihoods import GaussianLikelihood
 from recon.operators.deepinv_bridge import as_deepinv
 from recon.priors import Prior, load_prior
-from recon.samplers import METHODS, Sampler
+from recon.samplers import METHODS, DiffPIR, Renoise, Sampler
 from recon.schedules import Karras, Schedule
 
 TOP, BOTTOM = 20.0, 0.01  # noise levels walked, units of the latent
 NEAR = 0.1  # dB
 SIDES = ("recon", "deepinv")
-Draw = Callable[[int], Tensor]
+Draw = Callable[[int], Tensor]  # the number of a call -> (n, *space.shape)
 
 RECON: dict[str, Sampler] = {
     f"{name} {steps}": METHODS[name](steps=steps, sigma_max=TOP, sigma_min=BOTTOM)  # type: ignore[call-arg]
     for name, steps in (("mmps", 16), ("mmps", 30), ("diffpir", 24), ("diffpir", 64), ("pigdm", 32), ("dds", 24))
+} | {
+    f"diffpir {steps} renewed": DiffPIR(steps=steps, sigma_max=3.0, sigma_min=0.003, transition=Renoise(1.0))
+    for steps in (12, 16, 32)
 }
 
 
@@ -114,14 +121,19 @@ class Denoiser(nn.Module):
 
 @dataclass
 class Contestant:
-    """One method at one setting on one slice: its draws so far, their mean's PSNR, and the time after each."""
+    """One method at one setting on one slice: its draws so far, their mean's PSNR and the time after each call.
+
+    paired: a call makes a pair with opposite noise.  crps: of all draws, NaN for too few.
+    """
 
     side: str
     name: str
     draw: Draw
-    total: Tensor | None = None
+    paired: bool = False
+    draws: list[Tensor] = field(default_factory=list)
     psnr: list[float] = field(default_factory=list)
     spent: list[float] = field(default_factory=list)
+    crps: float = math.nan
     failed: str = ""
 
     def turn(self, case: Slice) -> None:
@@ -133,10 +145,13 @@ class Contestant:
             self.failed = f"{type(error).__name__}: {error}".splitlines()[0][:100]
             return
         self.spent.append((self.spent[-1] if self.spent else 0.0) + time.process_time() - start)
-        self.total = x if self.total is None else self.total + x
-        self.psnr.append(case.psnr(self.total / len(self.spent)))
+        self.draws.extend(x)
+        made = torch.stack(self.draws)
+        self.psnr.append(case.psnr(made.mean(0)))
+        if len(made) >= (4 if self.paired else 2):
+            self.crps = float(fair_crps(made, case.truth, antithetic=self.paired).mean())
         sys.stderr.write(
-            f"{self.side} {self.name}: draw {len(self.spent)}, {self.spent[-1]:.1f} s, {self.psnr[-1]:.2f} dB\n"
+            f"{self.side} {self.name}: {len(made)} draws, {self.spent[-1]:.1f} s, {self.psnr[-1]:.2f} dB, {self.crps:.4g}\n"
         )
 
     def reached(self, goal: float) -> float | None:
@@ -160,25 +175,30 @@ class Record:
         lines = self.path.read_text().splitlines() if self.path is not None and self.path.is_file() else []
         for said in map(json.loads, lines):
             if self.key(one).items() <= said.items() and said["seconds"] >= seconds:
-                one.psnr, one.spent, one.failed = said["psnr"], said["spent"], said["failed"]
+                one.psnr, one.spent = said["psnr"], said["spent"]
+                one.crps, one.failed = said["crps"], said["failed"]
                 return True
         return False
 
     def add(self, one: Contestant, seconds: float) -> None:
         """Write a line."""
         if self.path is not None:
-            kept = {name: value for name, value in vars(one).items() if name in ("psnr", "spent", "failed")}
+            kept = {name: value for name, value in vars(one).items() if name in ("psnr", "spent", "crps", "failed")}
             with self.path.open("a") as file:
                 file.write(json.dumps({**self.key(one), "seconds": seconds, **kept}) + "\n")
 
 
 def ours(case: Slice) -> list[Contestant]:
-    """Recon's samplers, a draw at a time."""
+    """Recon's samplers, a draw or a pair at a time."""
 
-    def drawing(sampler: Sampler) -> Draw:
-        return lambda k: recon.sample(case.posterior, sampler, draws=1, seed=k, comm=serial(1)).x[0]
+    def drawing(sampler: Sampler, asked: int | Pairs) -> Draw:
+        return lambda k: recon.sample(case.posterior, sampler, asked, seed=k, comm=serial(1)).x
 
-    return [Contestant("recon", name, drawing(sampler)) for name, sampler in RECON.items()]
+    return [
+        Contestant("recon", name + (", pairs" if paired else ""), drawing(sampler, Pairs(1) if paired else 1), paired)
+        for name, sampler in RECON.items()
+        for paired in (False, True)
+    ]
 
 
 def theirs(case: Slice) -> list[Contestant]:
@@ -200,14 +220,17 @@ def theirs(case: Slice) -> list[Contestant]:
     def add(name: str, call: Callable[[int], Tensor]) -> None:
         def draw(k: int) -> Tensor:
             with torch.no_grad():
-                return call(k + 1).reshape(pixels).float() * case.high  # seed 0 is taken for none by some
+                return call(k + 1).reshape(1, *pixels).float() * case.high  # seed 0 is taken for none by some
 
         made[name] = draw
 
-    for steps in (24, 100):
-        for weight in (1.0, 7.0):  # 7 is the default
-            plan = sampling.DiffPIR(denoiser, deepinv.optim.L2(), sigma=sigma / gain, max_iter=steps, lambda_=weight)
-            add(f"DiffPIR {steps}, lambda {weight:g}", lambda k, plan=plan: plan(y, physics, seed=k))  # type: ignore[misc]
+    for steps, weight, zeta in product((16, 24, 100), (1.0, 7.0), (0.1, 1.0)):  # lambda 7, zeta 0.1 are the defaults
+        data = deepinv.optim.L2()
+        plan = sampling.DiffPIR(denoiser, data, sigma=sigma / gain, max_iter=steps, zeta=zeta, lambda_=weight)
+        add(
+            f"DiffPIR {steps}, lambda {weight:g}, zeta {zeta:g}",
+            lambda k, plan=plan: plan(y, physics, seed=k),  # type: ignore[misc]
+        )
     for guidance, weight in (("norm", 1.0), ("norm", 100.0), ("annealed", 1.0)):
         dps = sampling.DPS(denoiser, num_steps=100, weight=weight, guidance=guidance, rng=torch.Generator())
         add(
@@ -242,8 +265,11 @@ def race(contestants: list[Contestant], case: Slice, seconds: float, record: Rec
     return max((p for c in contestants for p in c.psnr), default=-math.inf) - NEAR
 
 
-def report(number: int, contestants: list[Contestant], goal: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Print one slice; returns the times of the fastest of each side to the goal, and to the one that both reach."""
+Times = dict[str, float]
+
+
+def report(number: int, contestants: list[Contestant], goal: float) -> tuple[Times, Times, Times]:
+    """Print one slice; of each side: time of its fastest to the goal, and to the one that both reach, and this one's CRPS."""
     sys.stdout.write(f"slice {number}: goal {goal:.2f} dB\n")
     for one in contestants:
         if one.failed or not one.spent:
@@ -251,22 +277,21 @@ def report(number: int, contestants: list[Contestant], goal: float) -> tuple[dic
             continue
         when = one.reached(goal)
         told = f"there after {when:7.1f} s" if when is not None else f"not there in {one.spent[-1]:.0f} s"
-        each = one.spent[-1] / len(one.spent)
+        made = len(one.spent) * (2 if one.paired else 1)
         sys.stdout.write(
-            f"  {one.side:8} {one.name:32} {each:7.2f} s a draw, best mean {max(one.psnr):6.2f} dB "
-            f"({len(one.spent)} draws), {told}\n"
+            f"  {one.side:8} {one.name:32} {one.spent[-1] / made:7.2f} s a draw, best mean {max(one.psnr):6.2f} dB "
+            f"({made} draws), CRPS {one.crps:.4g}, {told}\n"
         )
     sys.stdout.flush()
-    return fastest(contestants, goal), fastest(contestants, common(contestants))
+    both = common(contestants)
+    scores = {side: first(contestants, side, both)[1] for side in SIDES}
+    return *({side: first(contestants, side, g)[0] for side in SIDES} for g in (goal, both)), scores
 
 
-def fastest(contestants: list[Contestant], goal: float) -> dict[str, float]:
-    """Seconds of the fastest of each side to ``goal``, infinite where none reached it."""
-    reached = {(c.side, c.reached(goal)) for c in contestants}
-    return {
-        side: min((when for which, when in reached if which == side and when is not None), default=math.inf)
-        for side in SIDES
-    }
+def first(contestants: list[Contestant], side: str, goal: float) -> tuple[float, float]:
+    """Seconds of the fastest of a side to ``goal``, infinite where none reached it, and its CRPS."""
+    reached = [(c.reached(goal), c.crps) for c in contestants if c.side == side]
+    return min(((when, crps) for when, crps in reached if when is not None), default=(math.inf, math.nan))
 
 
 def common(contestants: list[Contestant]) -> float:
@@ -291,7 +316,7 @@ def main() -> None:
     problem = PROBLEMS[chosen.problem]
     prior = load_prior(chosen.prior or problem.prior)
     prior.denoise(torch.zeros(1, *prior.latent.shape), 1.0)  # what is built on first use is not timed
-    found: list[tuple[dict[str, float], dict[str, float]]] = []
+    found: list[tuple[Times, Times, Times]] = []
     numbers = range(chosen.first, chosen.first + chosen.slices)
     for number, case in zip(numbers, problem.slices(prior, numbers), strict=True):
         contestants = [
@@ -301,12 +326,15 @@ def main() -> None:
         goal = race(contestants, case, chosen.seconds, Record(chosen.record, about))
         found.append(report(number, contestants, goal))
     goals = (f"the best mean of all less {NEAR} dB", f"the best mean of the weaker side less {NEAR} dB")
-    for goal, times in zip(goals, zip(*found, strict=True), strict=True):
+    *raced, scores = zip(*found, strict=True)
+    for goal, times in zip(goals, raced, strict=True):
         middle = {side: statistics.median(one[side] for one in times) for side in SIDES}
         ratio = middle["deepinv"] / middle["recon"]
         never = "; infinite: not within the time that each had" if math.isinf(middle["deepinv"]) else ""
         told = ", ".join(f"{side} {value:.1f} s" for side, value in middle.items())
         sys.stdout.write(f"{goal}: median over {len(found)} slice(s) {told}, ratio {ratio:.2f}{never}\n")
+    told = ", ".join(f"{side} {statistics.mean(one[side] for one in scores):.4g}" for side in SIDES)
+    sys.stdout.write(f"mean CRPS of the fastest to the second goal: {told}\n")
 
 
 if __name__ == "__main__":
