@@ -339,7 +339,7 @@ def page(rows: dict[tuple[str, str, str], dict[str, Any]], record: Path) -> str:
         for dds, mbir in ((a, b) for one, a in mine for other, b in mine if (one, other) == ("dds", "mbir")):
             gain, ratio = np.mean(dds["psnr"]) - np.mean(mbir["psnr"]), mbir["seconds"] / dds["seconds"]
             order.append(
-                f"Here, with {problem}, DDS in {dds['settings'].split(': ', 1)[1].split(',')[0]} is {gain:+.2f} dB from "
+                f"Here, with {problem}, DDS in {dds['settings'].split(': ', 1)[1]}, is {gain:+.2f} dB from "
                 f"DiffusionMBIR in 1/{ratio:.1f} of its time."
             )
     timed = [json.loads(text) for text in record.read_text().splitlines()]
