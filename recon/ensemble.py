@@ -21,6 +21,7 @@ from torch import Tensor
 from recon.draws import Draws
 from recon.errors import InputError
 from recon.files import written_aside
+from recon.order import quantiles
 from recon.space import Space
 
 if TYPE_CHECKING:
@@ -141,12 +142,7 @@ class Ensemble:
         levels = [q] if isinstance(q, int | float) else list(q)
         if not all(0 <= level <= 1 for level in levels):
             raise InputError(f"quantiles lie in [0, 1]; got {levels}")
-        values, order = self.x.flatten(1).double().sort(0)
-        w = self.weights[order]
-        n = float(1 / self.weights.square().sum())
-        place = (n * (w.cumsum(0) - w / 2) + 0.5) / (n + 1)
-        out = torch.stack([_interpolate(place, values, level) for level in levels])
-        out = out.to(self.x.dtype).reshape(-1, *self.space.shape)
+        out = quantiles(self.x, levels, self.weights)
         return out[0] if isinstance(q, int | float) else out
 
     def resample(self, n: int, seed: int) -> Ensemble:
@@ -253,18 +249,6 @@ class Ensemble:
         if steps is not None:
             info["particles"]["steps"] = {str(name): steps[name].values.tolist() for name in steps.data_vars}
         return cls(torch.from_numpy(value.values.copy()), space, log_w, info)
-
-
-def _interpolate(place: Tensor, values: Tensor, level: float) -> Tensor:
-    """Linear interpolation of ``values`` (M, n) known at ``place`` (M, n), at one level, clipped to the ends."""
-    if len(place) == 1:
-        return values[0]
-    upper = (place < level).sum(0).clamp(1, len(place) - 1)
-    lower = upper - 1
-    p0, p1 = place.gather(0, lower[None])[0], place.gather(0, upper[None])[0]
-    v0, v1 = values.gather(0, lower[None])[0], values.gather(0, upper[None])[0]
-    share = ((level - p0) / (p1 - p0)).clamp(0, 1)
-    return v0 + share * (v1 - v0)
 
 
 _FACTORS = {

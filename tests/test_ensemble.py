@@ -9,6 +9,7 @@ import pytest
 import torch
 import xarray as xr
 
+from recon import order
 from recon.ensemble import Ensemble
 from recon.errors import InputError
 from recon.space import Space
@@ -29,6 +30,17 @@ def test_equal_weights_give_the_plain_statistics() -> None:
     expected = np.quantile(e.x.double().numpy(), [0.1, 0.33, 0.9], axis=0, method="weibull")
     np.testing.assert_allclose(e.quantile([0.1, 0.33, 0.9]).numpy(), expected, rtol=1e-5)
     assert e.ess == pytest.approx(9)
+
+
+@pytest.mark.parametrize("draws", [1, 2, 9, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_weights_have_a_faster_way_to_the_same_bits(draws: int, dtype: torch.dtype) -> None:
+    x = torch.randn(draws, 37, generator=torch.Generator().manual_seed(draws), dtype=dtype)
+    levels = [0.0, 0.05, 0.31, 0.5, 0.9, 1.0]
+    e = Ensemble(x, Space.vector(37))
+    slow = order._weighted(x, levels, e.weights)
+    assert torch.equal(e.quantile(levels), slow)
+    assert torch.equal(order.quantiles(x, levels, e.weights), slow) and order.quantiles(x, [], e.weights).shape == (0, 37)
 
 
 def test_whole_number_weights_are_repetitions_in_the_mean() -> None:

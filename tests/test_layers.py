@@ -15,8 +15,8 @@ PACKAGE = ROOT / "recon"
 # From bottom to top; a module imports only what stands before it, or its own package.
 ORDER = (
     "errors", "files", "store", "space", "schedules", "philox", "draws", "comm", "operators", "likelihoods", "priors",
-    "posterior", "ensemble", "samplers", "selftest", "twin", "checks", "baselines", "diagnostics", "runs", "plot", "report",
-    "datasets", "workflows", "cli", "__main__",
+    "posterior", "order", "ensemble", "samplers", "selftest", "twin", "checks", "baselines", "diagnostics", "runs", "plot",
+    "report", "datasets", "workflows", "cli", "__main__",
 )  # fmt: skip
 
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 400, 60, 7

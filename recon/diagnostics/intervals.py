@@ -1,7 +1,7 @@
 """Interval maps that cover for finite ensembles, and how often they do: by case, by region, over cases.
 
 The central interval of probability ``p`` runs between the order statistics at ``k/(M+1)`` (interpolated; see
-``recon.ensemble`` for weights), between which a further exchangeable draw lies with probability ``p`` for any M.  It
+``recon.order`` for weights), between which a further exchangeable draw lies with probability ``p`` for any M.  It
 exists when ``1/(M+1) <= (1-p)/2``: from 3 draws for 50 %, 19 for 90 %, 39 for 95 %.  (The usual rule, linear in
 ``k/(M-1)``, covers 82 % of nominal 90 % at 20 draws.)
 
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from recon.diagnostics.given import Array, draws_of, effective, truth_of, weights_of
-from recon.diagnostics.order import quantiles
 from recon.diagnostics.verdicts import FALSE_ALARM, Verdict, judge_coverage
 from recon.errors import InputError
+from recon.order import quantiles
 
 ANCESTORS = 20  # distinct ancestors of particles below which no interval is drawn
 WHOLE = "all"
@@ -79,7 +79,7 @@ def intervals_at(
     refused = {level: _refusal(x, level, need, ess, ancestors) for level, need in zip(levels, needs, strict=True)}
     drawn = [level for level in refused if not refused[level]]
     tails = [tail for level in drawn for tail in ((1 - level) / 2, (1 + level) / 2)]
-    ends = quantiles(x, tails, log_weights) if drawn else None
+    ends = quantiles(x, tails, weights_of(log_weights, len(x))) if drawn else None
     found = []
     for level in levels:
         if refused[level] or ends is None:
@@ -129,14 +129,14 @@ def case_coverage(
     if effective(w) < need - 1e-6:
         return None
     tails = [(1 - level) / 2, (1 + level) / 2]
-    low, high = quantiles(x, tails, log_weights)
+    low, high = quantiles(x, tails, w)
     under, over = (truth < low), (truth > high)
     hits = {WHOLE: _hit(under, over)}
     means = {WHOLE: torch.ones_like(under)} | masks
     for name, mask in masks.items():
         hits[name] = _hit(under[mask], over[mask])
     averages = torch.stack([torch.cat([x, truth[None]])[:, mask].double().mean(1) for mask in means.values()], 1)
-    low, high = quantiles(averages[:-1], tails, log_weights)
+    low, high = quantiles(averages[:-1], tails, w)
     for i, name in enumerate(means):
         hits[f"mean of {name}"] = _hit(averages[-1:, i] < low[i], averages[-1:, i] > high[i])
     return hits

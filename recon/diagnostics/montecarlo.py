@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recon.diagnostics import order
+from recon import order
 from recon.diagnostics.given import Array, draws_of, effective, weights_of
 from recon.errors import InputError
 
@@ -86,7 +86,7 @@ def monte_carlo_errors(
             reasons.append(f"the error of the {q:g} quantile needs more than {ess:.3g} draws")
         else:
             asked[q] = half
-    ends = order.quantiles(x, [p for q, half in asked.items() for p in (q - half, q + half)], log_weights)
+    ends = order.quantiles(x, [p for q, half in asked.items() for p in (q - half, q + half)], w)
     levels |= {q: (ends[2 * i + 1] - ends[2 * i]).double() / 2 for i, q in enumerate(asked)}
     return MonteCarloErrors(mean, std, levels, ess, tuple(reasons))
 

@@ -3,7 +3,7 @@ r"""Is the spread of the draws as large as their errors, and how well do M draws
 With weights ``w`` (``1/M`` each when equal), effective size ``M = 1/sum w^2``, draws ``x_d`` and truth ``t``:
 
 * Monte-Carlo error of the mean map ``std / sqrt(M)``, and relative error of the std map ``1 / sqrt(2 (M - 1))``.
-* Central interval of probability ``p``: between the order statistics at ``k/(M+1)`` (see ``recon.ensemble``); it exists when
+* Central interval of probability ``p``: between the order statistics at ``k/(M+1)`` (see ``recon.order``); it exists when
   ``1/(M+1) <= (1-p)/2``: from 3 draws for 50 %, 19 for 90 %, 39 for 95 %.
 * Spread-skill ratio ``sqrt(mean var) / RMSE(mean) * sqrt((M+1)/M)``: 1 when errors are as large as the spread says; below 1 the
   ensemble is over-confident (Fortin et al., J. Hydrometeorology 15, 2014).
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from recon.diagnostics.intervals import draws_needed as draws_needed  # the pages ask for it here
-from recon.diagnostics.order import quantiles
 from recon.diagnostics.scores import fair_crps
 from recon.ensemble import Ensemble
 from recon.errors import InputError
+from recon.order import quantiles
 
 LEVELS = (0.5, 0.9)
 GROUP = 20  # fewest pixels whose rms error is worth a point
@@ -110,7 +110,7 @@ def _coverages(ensemble: Ensemble, truth: Tensor, levels: Sequence[float]) -> di
     ends = quantiles(
         ensemble.x.detach().cpu(),
         [p for level in there for p in ((1 - level) / 2, (1 + level) / 2)],
-        ensemble.log_weights,
+        ensemble.weights.cpu(),
     )
     for i, level in enumerate(there):
         found[level] = float(((truth >= ends[2 * i]) & (truth <= ends[2 * i + 1])).double().mean())
