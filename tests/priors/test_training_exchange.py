@@ -81,9 +81,10 @@ def test_more_processes_than_chunks_are_refused():
         ranks.Training(ranks.CONFIG, task, None, crowd)
 
 
+@pytest.mark.slow  # the fast suite has two processes write the prior of one: tests/workflows/test_train.py
 @needs_mpi
 @pytest.mark.mpi
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, 3])
 def test_processes_change_no_bit(alone, tmp_path, size):
     """Of a sum of gradients, for every number of chunks, and of a whole run."""
     called(tmp_path, 1e9, size=size)
