@@ -8,6 +8,7 @@ resume.  Normals are cut off at sqrt(64 ln 2) = 6.66 standard deviations (probab
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,13 @@ class Draws:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def of_case(self, case: int) -> Draws:
+        """The same draws of another case; of a slab or stream too."""
+        other = copy.copy(self)
+        object.__setattr__(other, "case", case)
+        other.__post_init__()
+        return other
 
     def _uniform32(self, step: int, stream: Stream, first: int, count: int) -> np.ndarray:
         """Uniform numbers ``first .. first + count`` of each draw, in (0, 1): (n, count), odd multiples of 2^-33."""

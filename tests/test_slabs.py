@@ -69,6 +69,7 @@ def test_noise_is_that_of_the_global_position(size):
     for rank in range(size):
         slab = Slab(SPACE, "z", SerialAxis(rank, size))
         own = slab.draws(draws)
+        assert torch.equal(own.of_case(3).normal(0, slab.space.shape), slab.draws(draws.of_case(3)).normal(0, slab.space.shape))
         assert len(own) == 2
         assert torch.equal(own.normal(4, slab.space.shape, dtype=torch.float64), slab.cut(whole))
 

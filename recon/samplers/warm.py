@@ -87,7 +87,7 @@ class WarmStart(Sampler):
         return self.of.finish(posterior, state)
 
     def _keyed(self, draws: Draws) -> Draws:
-        return replace(draws, case=draws.case + self.frame) if self.frame else draws
+        return draws.of_case(draws.case + self.frame) if self.frame else draws
 
 
 def why_not(sampler: type) -> str | None:
