@@ -81,7 +81,8 @@ def load_prior_sha(folder: Path) -> str:
 
 def test_the_draws_are_from_the_posterior(finished: Path) -> None:
     """The zero network is a Gaussian prior, so the pipeline's whole answer is known: mean and spread of every pixel."""
-    job = prepare(load_workflow(finished / "config.resolved.yaml", ["sampler.steps=100", "sampler.cg.iterations=40"]))
+    exactly = ["sampler.steps=100", "sampler.cg.iterations=40", "sampler.solver=cg"]
+    job = prepare(load_workflow(finished / "config.resolved.yaml", exactly))
     prior = job.prior
     gaussian = GaussianPrior(
         torch.full((1024,), 18.0, dtype=torch.float64),
@@ -114,6 +115,7 @@ def test_the_resolved_file_and_the_measured_file_rerun_to_the_same_bits(finished
         np.testing.assert_allclose(a["posterior/value"].values, b["posterior/value"].values, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow  # the fast suite says it of the loop (tests/test_antithetic.py) and of ranks (below)
 def test_one_thread_and_several_give_the_same_bits(
     finished: Path, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
