@@ -223,3 +223,4 @@ def test_the_error_of_the_mean_reaches_the_report_and_the_rest_is_of_independent
     pairs = recon.sample(posterior, MMPS(steps=12), draws=Pairs(8))
     fit, own = (data_fit(posterior.likelihood, e) for e in (pairs, pairs.independent()))
     assert fit.signal_freedom == own.signal_freedom
+    assert len(fit.chi2) == 16 and len(own.chi2) == 8

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeGuard
 
@@ -134,7 +134,7 @@ def data_fit(likelihood: Likelihood, ensemble: Ensemble, false_alarm: float = 1e
     difference = operator.domain.mismatch(ensemble.space)
     if difference:
         raise InputError(f"the ensemble is not on the operator's domain: {difference}")
-    likelihood, ensemble = judged(likelihood), ensemble.independent()
+    likelihood = judged(likelihood)
     x, weights = ensemble.x.detach(), ensemble.weights
     sums = _Sums(operator.range)
     with torch.no_grad():
@@ -142,7 +142,10 @@ def data_fit(likelihood: Likelihood, ensemble: Ensemble, false_alarm: float = 1e
             block = slice(first, first + BLOCK)
             sums.add(terms(likelihood, x[block]), weights[block])
         mean_chi2 = float(terms(likelihood, ensemble.mean().detach()[None]).square.sum())
-    return _collect(likelihood, sums, weights, mean_chi2, false_alarm)
+    found = _collect(likelihood, sums, weights, mean_chi2, false_alarm)
+    if ensemble.antithetic:  # how far draws are from their mean is known of independent ones
+        found = replace(found, signal_freedom=data_fit(likelihood, ensemble.independent(), false_alarm).signal_freedom)
+    return found
 
 
 def source_fits(likelihood: StackedLikelihood, ensemble: Ensemble, false_alarm: float = 1e-3) -> tuple[DataFit, ...]:
