@@ -113,7 +113,7 @@ class Ensemble:
         ``sum w^2 (x - m)^2 / (1 - sum w^2)``, with pairs and their means in place of draws where those are antithetic.
         Raises InputError with fewer than 2 draws or pairs.
         """
-        w, x = (self.weights, self.x)
+        w, x = self.weights, self.x
         if self.antithetic:
             w = self._pair_weights()
             own = self._weight() * self.x
@@ -160,7 +160,7 @@ class Ensemble:
 
         dims, unit = self.space.dims, {"units": self.space.unit}
         assert self.log_weights is not None  # set in __post_init__
-        std = self.std() if len(self) > 1 else torch.full(self.space.shape, torch.nan)
+        std = self.std() if len(self.independent()) > 1 else torch.full(self.space.shape, torch.nan)
         data = {
             "value": (("draw", *dims), self.x.numpy(), {**unit, "long_name": "posterior draws"}),
             "log_weight": (("draw",), self.log_weights.numpy(), {"units": "1", "long_name": "log of the weight"}),

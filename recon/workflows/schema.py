@@ -200,6 +200,8 @@ class Workflow(Section):
             raise ValueError(f"{self.sampler.makes.__name__} lets draws meet, so they cannot be antithetic pairs")
         if self.antithetic and (self.draws % 2 or (self.block or 2) % 2):
             raise ValueError(f"antithetic draws come in pairs: make draws and block even; got {self.draws}, {self.block}")
+        if self.antithetic and self.draws < 4:
+            raise ValueError(f"a single pair of draws says nothing of its spread: draws must be at least 4; got {self.draws}")
         return self
 
 

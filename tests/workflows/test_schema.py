@@ -186,6 +186,7 @@ def test_a_measurement_takes_the_place_of_dataset_and_noise(load: Load, workspac
         ("seed: 0", "checkpoint_every: 0", r"checkpoint_every: expected a number > 0; got 0"),
         ("seed: 0", "likelihood: poisson", r"likelihood: expected one of 'gaussian', 'transmission'; got 'poisson'"),
         ("draws: 16", "draws: 15\nantithetic: true", "antithetic draws come in pairs: make draws and block even; got 15"),
+        ("draws: 16", "draws: 2\nantithetic: true", "a single pair of draws says nothing of its spread"),
         ("draws: 16", "block: 3\nantithetic: true", "make draws and block even; got 16, 3"),
         ("{method: mmps, steps: 100}", "{method: twistedsmc}\nantithetic: true", "TwistedSMC lets draws meet, so they cannot"),
         ("{counts: 1.0e5}", "{sigma: 1}\nlikelihood: transmission", r"the transmission likelihood is that of photon counts"),
