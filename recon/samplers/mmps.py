@@ -6,11 +6,12 @@ linear operator ``A`` (here with the prior's affine decoder folded in, ``x = b +
     v   = (S + A s C s A^T)^-1 (y - A x(D))         # Krylov; one vjp of the denoiser per iteration
     D_y = D + sigma^2 J s A^T v                     # eq. 8 of the paper, and one vjp
 
-The system is solved in whitened data, ``S^-1/2 ( . ) S^-1/2``.  J is symmetric for an exact denoiser, and then CG (the paper's
-solver) and GMRES agree.  A learnt one is not: at large noise ``sigma^2 J`` is its errors made large, and the answer of CG,
-which takes symmetry for granted, can leave the data further away than no pull at all (of sea surface temperature seen through
-a blur, in half of the evaluations, and some draws ended tens of kelvins off).  GMRES never enlarges the residual of the
-system, at the same cost, and is the default; CG stops early where J is not positive.
+The system is solved in whitened data, ``S^-1/2 ( . ) S^-1/2``.  J is symmetric for an exact denoiser, and its system positive:
+CG (the paper's solver) is then the best there is.  A learnt J is neither at large noise, where ``sigma^2 J`` is its errors made
+large, and the answer of CG can leave the data further away than no pull at all (of sea surface temperature seen through a blur,
+in half of the evaluations, and some draws ended tens of kelvins off).  The default, ``galerkin``, is CG's answer as far as the
+system shows itself to be what it should, and GMRES's, which never enlarges the residual, where it does not; it costs what
+they do (``recon.operators.krylov``).  GMRES throughout is the safest and stops furthest from the answer.
 
 ``covariance="closed"`` puts ``C = (C_x^-1 + sigma^-2)^-1``, the answer of a Gaussian prior of covariance ``C_x``, in both
 places (``sigma^2 J = C``): no network is differentiated; a step costs one evaluation and needs the memory of inference
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from recon.errors import InputError
 from recon.operators.cg import CG
-from recon.operators.gmres import gmres
+from recon.operators.krylov import galerkin, gmres
 from recon.posterior import Posterior
 from recon.samplers.base import Claim
 from recon.samplers.matching import Local, MatchingSampler
@@ -40,7 +41,7 @@ from recon.samplers.widths import closed_covariance, prior_spread
 class MMPS(MatchingSampler):
     """Moment-matching posterior sampling; ``cg`` bounds the inner solve (K iterations cost K + 1 vjps per step).
 
-    solver: gmres, or cg, within the limits ``cg``.  covariance: jacobian, or closed (no vjp; always solved by CG);
+    solver: galerkin, gmres or cg, within the limits ``cg``.  covariance: jacobian, or closed (no vjp; always solved by CG);
     see the module.  spread: standard deviation of the latent, for priors whose covariance is not known.
     """
 
@@ -51,7 +52,7 @@ class MMPS(MatchingSampler):
     advice: ClassVar[str] = "more cg iterations, or covariance: closed"
 
     cg: CG = field(default_factory=lambda: CG(iterations=5, tolerance=1e-4))
-    solver: Literal["gmres", "cg"] = "gmres"
+    solver: Literal["galerkin", "gmres", "cg"] = "galerkin"
     covariance: Literal["jacobian", "closed"] = "jacobian"
     spread: float | None = None
 
@@ -61,10 +62,10 @@ class MMPS(MatchingSampler):
 
     def check(self, posterior: Posterior) -> None:
         super().check(posterior)
-        if self.solver not in ("cg", "gmres") or self.covariance not in ("jacobian", "closed"):
+        if self.solver not in ("galerkin", "gmres", "cg") or self.covariance not in ("jacobian", "closed"):
             raise InputError(
-                f"MMPS takes solver 'cg' or 'gmres' and covariance 'jacobian' or 'closed'; got {self.solver!r} and "
-                f"{self.covariance!r}"
+                f"MMPS takes solver 'galerkin', 'gmres' or 'cg' and covariance 'jacobian' or 'closed'; "
+                f"got {self.solver!r} and {self.covariance!r}"
             )
         if self.covariance == "closed":
             prior_spread(posterior.prior, self.spread, "MMPS(covariance='closed')")
@@ -81,9 +82,10 @@ class MMPS(MatchingSampler):
         def matvec(u: Tensor) -> Tensor:
             return u + at.forward(shrink(at.back(u)))
 
-        v = (
-            self.cg.solve(matvec, at.residual, least=1.0)
-            if self.solver == "cg" or at.pull is None
-            else gmres(matvec, at.residual, self.cg)
-        )
+        if self.solver == "cg" or at.pull is None:
+            v = self.cg.solve(matvec, at.residual, least=1.0)
+        elif self.solver == "gmres":
+            v = gmres(matvec, at.residual, self.cg)
+        else:
+            v = galerkin(matvec, at.residual, self.cg, least=1.0)
         return shrink(at.back(v))

@@ -13,7 +13,6 @@ import recon
 from recon.errors import InputError
 from recon.likelihoods import GaussianLikelihood
 from recon.operators import CG, Blur, Masked, MatrixOperator, Operator, PhaseRetrieval, complex_grid
-from recon.operators.gmres import gmres
 from recon.priors import GaussianMixturePrior, GaussianPrior
 from recon.priors.base import Card, Prior
 from recon.samplers import MMPS, SDA, TMPD, Ancestral, DPMSolver2M, GuidedSampler, PiGDM, SASolver
@@ -252,7 +251,7 @@ class Cut(Operator):
         (PiGDM(spread=-1.0), "spread > 0"),
         (SDA(gamma=-0.1), "gamma >= 0"),
         (TMPD(rows="columns"), "rows 'data' or 'latent'"),  # type: ignore[arg-type]
-        (MMPS(solver="lu"), "solver 'cg' or 'gmres'"),  # type: ignore[arg-type]
+        (MMPS(solver="lu"), "solver 'galerkin', 'gmres' or 'cg'"),  # type: ignore[arg-type]
         (MMPS(covariance="open"), "covariance 'jacobian' or 'closed'"),  # type: ignore[arg-type]
     ],
 )
@@ -300,27 +299,6 @@ def test_closed_covariances_are_those_of_the_denoiser() -> None:
     torch.testing.assert_close(closed_covariance(mixture, sigma, None, "t")(u), u @ expected)
 
 
-def test_gmres_solves_what_cg_cannot_and_keeps_draws_apart() -> None:
-    matrices = random(5, 6, 6) + 3 * torch.eye(6).double()
-    matrices[2] = torch.eye(6)
-    b = random(5, 6, seed=1)
-    b[3] = 0
-
-    def solve(rows: slice, limits: CG) -> Tensor:
-        return gmres(lambda u: (matrices[rows] @ u[..., None])[..., 0], b[rows], limits)
-
-    exact = torch.linalg.solve(matrices, b)
-    torch.testing.assert_close(solve(slice(None), CG(6, 0.0)), exact, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(solve(slice(None), CG(20, 1e-12)), exact, rtol=1e-9, atol=1e-10)
-    together = solve(slice(None), CG(3, 1e-3))
-    for i in range(5):
-        torch.testing.assert_close(solve(slice(i, i + 1), CG(3, 1e-3)), together[i : i + 1], rtol=1e-13, atol=1e-14)
-    # The smallest residual over the Krylov space, by least squares.
-    vectors = torch.stack([b[0], matrices[0] @ b[0], matrices[0] @ matrices[0] @ b[0]], 1)
-    best = torch.linalg.lstsq(matrices[0] @ vectors, b[0]).solution
-    torch.testing.assert_close(together[0], vectors @ best, rtol=1e-9, atol=1e-10)
-
-
 @pytest.mark.parametrize(
     "sampler",
     [
@@ -360,7 +338,7 @@ class Rough(Prior):
 
 def test_a_jacobian_that_is_not_symmetric_does_not_drive_the_data_away() -> None:
     """The share of problems whose data are further away after the pull than before it, by solver."""
-    worse = {"gmres": 0, "cg": 0}
+    worse = {"gmres": 0, "galerkin": 0, "cg": 0}
     for seed in range(40):
         prior = Rough(random(8, 8, seed=seed))
         likelihood = GaussianLikelihood(MatrixOperator(random(8, 8, seed=100 + seed)), random(8, seed=200 + seed), 0.1)
@@ -371,7 +349,7 @@ def test_a_jacobian_that_is_not_symmetric_does_not_drive_the_data_away() -> None
             worse[solver] += int((likelihood.residual(pulled).square().sum(1) > before).sum())
     print(f"of 200 states, further from the data after the pull: {worse}")
     assert worse["gmres"] == 0
-    assert worse["cg"] > 20
+    assert worse["cg"] > 4 * max(worse["galerkin"], 5)  # the residual of its system never grows; the pull may still be long
 
 
 def test_a_guide_of_many_solvers() -> None:

@@ -1,0 +1,131 @@
+r"""Systems whose matrix should be symmetric and is not quite: GMRES, and the Galerkin answer as far as it can be trusted.
+
+``K x = b`` with ``K`` acting on (n, ...); after ``k`` uses of ``K`` the answer lies in ``span(b, K b, ..., K^(k-1) b)``, of
+which Arnoldi's process gives an orthonormal basis ``V`` and ``H = V^T K V``.  Two answers are classical (Saad 2003, ch. 6)::
+
+    minimal residual (GMRES, Saad and Schultz 1986)     y_G = argmin |b - K V y|
+    Galerkin         (FOM, Saad 1981)                   y_F = H^-1 V^T b
+
+For a symmetric positive K the second is that of conjugate gradients: the smallest error in the norm of K, far better after few
+steps where K is ill-conditioned.  But it divides by the small eigenvalues of ``H``, and those are noise where K is the Jacobian
+of a learnt denoiser.  The first never enlarges the residual, whatever the matrix, and shrinks the answer.
+
+``galerkin`` goes from the first towards the second.  What K ought to be is known: symmetric, no eigenvalue below ``least``.
+The nearest such matrix to H (in the Frobenius norm) is its symmetric part with the eigenvalues raised to that; the rest, ``E``,
+is error of K::
+
+    y = y_G + t (y_F - y_G),     t in [0, 1] the largest with  |E y| <= |b - K V y_G|  and  |b - K V y| <= |b|
+
+so the answer is no more uncertain, through the error of K, than GMRES is through having stopped, and is never further from a
+solution than none at all.  Of a matrix without error it is that of CG while the residual has not grown; of one with much,
+that of GMRES.
+
+Inner products are per draw, and a draw that has converged adds nothing more, so the answer does not depend on the company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recon.operators.cg import CG, dot, spread
+
+Matvec = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Projected:
+    """A system in its Krylov space.  basis: k + 1 arrays like b.  h: (n, k + 1, k), float64, on the CPU.  scale: |b|, (n,).
+
+    The columns of a draw that had converged are zero.
+    """
+
+    basis: list[Tensor]
+    h: Tensor
+    scale: Tensor
+
+    @property
+    def right(self) -> Tensor:
+        """``|b| e_1``: (n, k + 1, 1)."""
+        return torch.eye(self.h.shape[1], 1, dtype=torch.float64) * self.scale[:, None, None]
+
+    def minimal(self) -> tuple[Tensor, Tensor]:
+        """``y_G`` and its residual: (n, k, 1), (n, k + 1, 1)."""
+        y = torch.linalg.lstsq(self.h, self.right, driver="gelsd").solution
+        return y, self.right - self.h @ y
+
+    def lift(self, y: Tensor) -> Tensor:
+        """``V y``: (n, k, 1) -> (n, ...)."""
+        x = torch.zeros_like(self.basis[0])
+        for v, weight in zip(self.basis, y.unbind(1), strict=False):
+            x = x + spread(weight[:, 0].to(v.device), v) * v
+        return x
+
+
+def project(matvec: Matvec, b: Tensor, limits: CG) -> Projected:
+    """Arnoldi's process, until every draw's smallest residual is below ``limits.tolerance`` or the iterations are spent."""
+    h = torch.zeros(len(b), limits.iterations + 1, limits.iterations, dtype=torch.float64)
+    length = dot(b, b).sqrt()
+    found = Projected([_unit(b, length)], h, length.double().cpu())
+    alive = found.scale > 0
+    for j in range(limits.iterations):
+        if not bool(alive.any()):
+            used = max(j, 1)
+            return Projected(found.basis, h[:, : used + 1, :used], found.scale)
+        w = matvec(found.basis[-1])
+        for i, v in enumerate(found.basis):
+            share = dot(v, w)
+            w = w - spread(share, w) * v
+            h[:, i, j] = share.double().cpu()
+        length = dot(w, w).sqrt()
+        h[:, j + 1, j] = length.double().cpu()
+        part = Projected(found.basis, h[:, : j + 2, : j + 1], found.scale)
+        left = part.minimal()[1].flatten(1).norm(dim=1)
+        alive = alive & (left > limits.tolerance * found.scale)
+        found.basis.append(_unit(w, torch.where(alive.to(length.device), length, 0.0)))
+    return found
+
+
+def gmres(matvec: Matvec, b: Tensor, limits: CG) -> Tensor:
+    """``x`` with ``matvec(x) = b`` of the smallest residual; all tensors (n, ...).
+
+    limits: most uses of ``matvec`` (each keeps one more array like ``b``), and the relative residual that ends a draw's search.
+    """
+    system = project(matvec, b, limits)
+    return system.lift(system.minimal()[0])
+
+
+def galerkin(matvec: Matvec, b: Tensor, limits: CG, least: float = 0.0) -> Tensor:
+    """``x`` with ``matvec(x) = b``, as far from GMRES towards CG as K can be trusted; all tensors (n, ...).
+
+    limits: as of ``gmres``.  least: a number that no eigenvalue of ``K`` can be below.
+    """
+    system = project(matvec, b, limits)
+    y, residual = system.minimal()
+    k = system.h.shape[2]
+    square = system.h[:, :k]
+    ended = (system.h == 0).all(1)  # of a draw that had converged: a row of the identity, and no right-hand side
+    other, fault = torch.linalg.solve_ex(square + torch.diag_embed(ended.double()), system.right[:, :k])
+    step = torch.where((fault == 0)[:, None, None] & other.isfinite(), other - y, 0.0)
+    values, vectors = torch.linalg.eigh((square + square.mT) / 2)
+    error = square - (vectors * values.clamp(min=least)[:, None]) @ vectors.mT
+    error = error.masked_fill(ended[:, None] | ended[..., None], 0.0)
+    sure = _largest((error @ y)[..., 0], (error @ step)[..., 0], residual.square().sum((1, 2)))
+    near = _largest(residual[..., 0], (system.h @ step)[..., 0], system.scale**2)
+    return system.lift(y + torch.minimum(sure, near)[:, None, None] * step)
+
+
+def _largest(start: Tensor, change: Tensor, most: Tensor) -> Tensor:
+    """The largest t in [0, 1] with ``|start + t change|^2 <= most``, 0 where there is none; (n, m), (n, m), (n,) -> (n,)."""
+    a, half, over = change.square().sum(1), (start * change).sum(1), start.square().sum(1) - most
+    root = (half.square() - a * over).clamp(min=0).sqrt() - half
+    return torch.where(over > 0, 0.0, torch.where(root < a, root / a, 1.0))
+
+
+def _unit(v: Tensor, length: Tensor) -> Tensor:
+    """``v`` divided by ``length`` per draw; zero where that is zero."""
+    inverse = torch.where(length > 0, 1 / torch.where(length > 0, length, 1.0), 0.0)
+    return spread(inverse, v) * v
