@@ -61,7 +61,7 @@ RECON: dict[str, Sampler] = {
     for name, steps in (("mmps", 16), ("mmps", 30), ("diffpir", 24), ("diffpir", 64), ("pigdm", 32), ("dds", 24))
 } | {
     f"diffpir {steps} renewed": DiffPIR(steps=steps, sigma_max=3.0, sigma_min=0.003, transition=Renoise(1.0))
-    for steps in (12, 16, 32)
+    for steps in (12, 16, 32, 64)
 }
 
 

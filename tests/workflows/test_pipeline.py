@@ -125,6 +125,25 @@ def test_one_thread_and_several_give_the_same_bits(
         assert same_bits(finished, other)
 
 
+def test_pairs_go_all_the_way(finished: Path, workspace: Path, tmp_path: Path) -> None:
+    """The prior is Gaussian, so both of a pair are the same distance from the mean: every pair has the mean of all."""
+    pairs = pipeline.run(
+        workspace / "w.yaml", tmp_path / "pairs", ["antithetic=true", "draws=8", "baselines=[]"], workspace=workspace
+    )
+    ensemble, single = Ensemble.load(pairs / "ensemble.nc"), Ensemble.load(finished / "ensemble.nc")
+    assert ensemble.antithetic and len(ensemble) == 8 and not single.antithetic
+    means = ensemble.x.unflatten(0, (4, 2)).mean(1)
+    spread = float(single.std().mean())
+    assert float((means - ensemble.mean()).abs().max()) < 0.05 * spread
+    assert float((single.x[0] - single.mean()).abs().max()) > spread
+    around = (ensemble.x[::2] - ensemble.mean()).square().mean(0).sqrt()
+    torch.testing.assert_close(ensemble.std(), around, rtol=0.02, atol=0.02 * spread)
+    said = json.loads((pairs / "report.json").read_text())
+    assert said["draws"]["antithetic"] and said["draws"]["ess"] == pytest.approx(4)
+    errors = said["quantities"][0]["monte_carlo"]
+    assert errors["mean"] < 0.02 * errors["rms_std"]
+
+
 def test_another_seed_gives_other_bits(finished: Path, workspace: Path, tmp_path: Path) -> None:
     assert not same_bits(finished, pipeline.run(workspace / "w.yaml", tmp_path / "r", ["seed=6"], workspace=workspace))
 
