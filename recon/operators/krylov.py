@@ -54,7 +54,7 @@ class Projected:
 
     def minimal(self) -> tuple[Tensor, Tensor]:
         """``y_G`` and its residual: (n, k, 1), (n, k + 1, 1)."""
-        y = torch.linalg.lstsq(self.h, self.right, driver="gelsd").solution
+        y = torch.linalg.lstsq(self.h, self.right, driver="gelsy").solution
         return y, self.right - self.h @ y
 
     def lift(self, y: Tensor) -> Tensor:
@@ -70,7 +70,8 @@ def project(matvec: Matvec, b: Tensor, limits: CG) -> Projected:
     h = torch.zeros(len(b), limits.iterations + 1, limits.iterations, dtype=torch.float64)
     length = dot(b, b).sqrt()
     found = Projected([_unit(b, length)], h, length.double().cpu())
-    alive = found.scale > 0
+    left, alive = found.scale, found.scale > 0
+    rotations: list[tuple[Tensor, Tensor]] = []
     for j in range(limits.iterations):
         if not bool(alive.any()):
             used = max(j, 1)
@@ -82,8 +83,7 @@ def project(matvec: Matvec, b: Tensor, limits: CG) -> Projected:
             h[:, i, j] = share.double().cpu()
         length = dot(w, w).sqrt()
         h[:, j + 1, j] = length.double().cpu()
-        part = Projected(found.basis, h[:, : j + 2, : j + 1], found.scale)
-        left = part.minimal()[1].flatten(1).norm(dim=1)
+        left = left * _rotate(h[:, : j + 2, j].clone(), rotations)
         alive = alive & (left > limits.tolerance * found.scale)
         found.basis.append(_unit(w, torch.where(alive.to(length.device), length, 0.0)))
     return found
@@ -116,6 +116,17 @@ def galerkin(matvec: Matvec, b: Tensor, limits: CG, least: float = 0.0) -> Tenso
     sure = _largest((error @ y)[..., 0], (error @ step)[..., 0], residual.square().sum((1, 2)))
     near = _largest(residual[..., 0], (system.h @ step)[..., 0], system.scale**2)
     return system.lift(y + torch.minimum(sure, near)[:, None, None] * step)
+
+
+def _rotate(column: Tensor, rotations: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Share of the smallest residual that a new column of ``h`` leaves, by Givens rotations, to which it adds one: (n,)."""
+    for i, (c, s) in enumerate(rotations):
+        a, b = column[:, i].clone(), column[:, i + 1].clone()
+        column[:, i], column[:, i + 1] = c * a + s * b, c * b - s * a
+    whole = torch.hypot(column[:, -2], column[:, -1])
+    c, s = (torch.where(whole > 0, column[:, i] / torch.where(whole > 0, whole, 1.0), 1.0) for i in (-2, -1))
+    rotations.append((c, s))
+    return s.abs()
 
 
 def _largest(start: Tensor, change: Tensor, most: Tensor) -> Tensor:

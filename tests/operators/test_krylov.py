@@ -47,6 +47,25 @@ def test_any_system_is_solved_and_draws_are_kept_apart(solver: Solver) -> None:
     assert solver(times(matrices), torch.zeros_like(b), CG(3, 1e-3)).eq(0).all()
 
 
+@BOTH
+def test_the_search_ends_where_the_smallest_residual_is_within_the_tolerance(solver: Solver) -> None:
+    turn = torch.linalg.qr(random(3, 30, 30))[0]
+    matrices, b = (turn * torch.linspace(1, 4, 30, dtype=torch.float64)) @ turn.mT, random(3, 30, seed=1)
+    left = [
+        (times(matrices)(gmres(times(matrices), b, CG(k, 0.0))) - b).norm(dim=1) / b.norm(dim=1) for k in range(1, 12)
+    ]
+    calls = 0
+
+    def counted(u: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return times(matrices)(u)
+
+    solver(counted, b, CG(11, 1e-2))
+    enough = next(k for k, each in enumerate(left, 1) if float(each.max()) <= 1e-2)
+    assert calls == enough and 1 < enough < 11
+
+
 def test_gmres_has_the_smallest_residual_of_its_space() -> None:
     matrix, b = random(6, 6) + 3 * torch.eye(6).double(), random(6, seed=1)
     basis = krylov(matrix, b, 3)
