@@ -38,14 +38,17 @@ Matvec = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Projected:
-    """A system in its Krylov space.  basis: k + 1 arrays like b.  h: (n, k + 1, k), float64, on the CPU.  scale: |b|, (n,).
+    """A system in its Krylov space; what is small is in float64 on the CPU.
 
-    The columns of a draw that had converged are zero.
+    basis: k + 1 arrays like b.  h: (n, k + 1, k).  scale: |b|, (n,).  r, g: ``h`` made triangular by rotations, and what they
+    make of ``|b| e_1``: (n, k, k), (n, k).  Columns of a draw that had converged are zero, and in ``r`` of the identity.
     """
 
     basis: list[Tensor]
     h: Tensor
     scale: Tensor
+    r: Tensor
+    g: Tensor
 
     @property
     def right(self) -> Tensor:
@@ -54,7 +57,7 @@ class Projected:
 
     def minimal(self) -> tuple[Tensor, Tensor]:
         """``y_G`` and its residual: (n, k, 1), (n, k + 1, 1)."""
-        y = torch.linalg.lstsq(self.h, self.right, driver="gelsy").solution
+        y = torch.linalg.solve_triangular(self.r, self.g[..., None], upper=True)
         return y, self.right - self.h @ y
 
     def lift(self, y: Tensor) -> Tensor:
@@ -67,26 +70,35 @@ class Projected:
 
 def project(matvec: Matvec, b: Tensor, limits: CG) -> Projected:
     """Arnoldi's process, until every draw's smallest residual is below ``limits.tolerance`` or the iterations are spent."""
-    h = torch.zeros(len(b), limits.iterations + 1, limits.iterations, dtype=torch.float64)
+    most = limits.iterations
+    h = torch.zeros(len(b), most + 1, most, dtype=torch.float64)
+    r, g = torch.zeros(len(b), most, most, dtype=torch.float64), torch.zeros(len(b), most, dtype=torch.float64)
+    r.diagonal(dim1=1, dim2=2).fill_(1.0)
     length = dot(b, b).sqrt()
-    found = Projected([_unit(b, length)], h, length.double().cpu())
-    left, alive = found.scale, found.scale > 0
+    basis, scale, used = [_unit(b, length)], length.double().cpu(), 1
+    left, alive = scale, scale > 0
     rotations: list[tuple[Tensor, Tensor]] = []
-    for j in range(limits.iterations):
+    for j in range(most):
         if not bool(alive.any()):
-            used = max(j, 1)
-            return Projected(found.basis, h[:, : used + 1, :used], found.scale)
-        w = matvec(found.basis[-1])
-        for i, v in enumerate(found.basis):
+            break
+        used = j + 1
+        w = matvec(basis[-1])
+        for i, v in enumerate(basis):
             share = dot(v, w)
             w = w - spread(share, w) * v
             h[:, i, j] = share.double().cpu()
         length = dot(w, w).sqrt()
         h[:, j + 1, j] = length.double().cpu()
-        left = left * _rotate(h[:, : j + 2, j].clone(), rotations)
-        alive = alive & (left > limits.tolerance * found.scale)
-        found.basis.append(_unit(w, torch.where(alive.to(length.device), length, 0.0)))
-    return found
+        column = _rotated(h[:, : j + 2, j], rotations)
+        whole = torch.hypot(column[:, j], column[:, j + 1])
+        new = whole > 0
+        c, s = (torch.where(new, column[:, i] / torch.where(new, whole, 1.0), 0.0) for i in (j, j + 1))
+        column[:, j] = torch.where(new, whole, 1.0)
+        r[:, : j + 1, j], g[:, j], left = column[:, : j + 1], c * left, torch.where(new, -s * left, left)
+        rotations.append((c, s))
+        alive = alive & (left.abs() > limits.tolerance * scale)
+        basis.append(_unit(w, torch.where(alive.to(length.device), length, 0.0)))
+    return Projected(basis, h[:, : used + 1, :used], scale, r[:, :used, :used], g[:, :used])
 
 
 def gmres(matvec: Matvec, b: Tensor, limits: CG) -> Tensor:
@@ -106,27 +118,34 @@ def galerkin(matvec: Matvec, b: Tensor, limits: CG, least: float = 0.0) -> Tenso
     system = project(matvec, b, limits)
     y, residual = system.minimal()
     k = system.h.shape[2]
-    square = system.h[:, :k]
-    ended = (system.h == 0).all(1)  # of a draw that had converged: a row of the identity, and no right-hand side
-    other, fault = torch.linalg.solve_ex(square + torch.diag_embed(ended.double()), system.right[:, :k])
+    ended = (system.h == 0).all(1)  # of a draw that had converged: a row of its own, and no right-hand side
+    square = system.h[:, :k].masked_fill(ended[..., None], 0.0) + torch.diag_embed(ended * (1.0 + least)).double()
+    other, fault = torch.linalg.solve_ex(square, system.right[:, :k])
     step = torch.where((fault == 0)[:, None, None] & other.isfinite(), other - y, 0.0)
-    values, vectors = torch.linalg.eigh((square + square.mT) / 2)
-    error = square - (vectors * values.clamp(min=least)[:, None]) @ vectors.mT
-    error = error.masked_fill(ended[:, None] | ended[..., None], 0.0)
+    error = _error(square, least)
     sure = _largest((error @ y)[..., 0], (error @ step)[..., 0], residual.square().sum((1, 2)))
     near = _largest(residual[..., 0], (system.h @ step)[..., 0], system.scale**2)
     return system.lift(y + torch.minimum(sure, near)[:, None, None] * step)
 
 
-def _rotate(column: Tensor, rotations: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Share of the smallest residual that a new column of ``h`` leaves, by Givens rotations, to which it adds one: (n,)."""
+def _error(square: Tensor, least: float) -> Tensor:
+    """``square`` less the nearest symmetric matrix without eigenvalues below ``least``: (n, k, k)."""
+    middle = (square + square.mT) / 2
+    error = square - middle
+    low = torch.linalg.cholesky_ex(middle - least * torch.eye(middle.shape[1], dtype=torch.float64)).info > 0
+    if bool(low.any()):
+        values, vectors = torch.linalg.eigh(middle[low])
+        error[low] = square[low] - (vectors * values.clamp(min=least)[:, None]) @ vectors.mT
+    return error
+
+
+def _rotated(column: Tensor, rotations: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """A new column of ``h`` after the Givens rotations of those before it: (n, j + 2), a copy."""
+    column = column.clone()
     for i, (c, s) in enumerate(rotations):
         a, b = column[:, i].clone(), column[:, i + 1].clone()
         column[:, i], column[:, i + 1] = c * a + s * b, c * b - s * a
-    whole = torch.hypot(column[:, -2], column[:, -1])
-    c, s = (torch.where(whole > 0, column[:, i] / torch.where(whole > 0, whole, 1.0), 1.0) for i in (-2, -1))
-    rotations.append((c, s))
-    return s.abs()
+    return column
 
 
 def _largest(start: Tensor, change: Tensor, most: Tensor) -> Tensor:

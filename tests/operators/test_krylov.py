@@ -40,10 +40,13 @@ def test_any_system_is_solved_and_draws_are_kept_apart(solver: Solver) -> None:
     exact = torch.linalg.solve(matrices, b)
     torch.testing.assert_close(solver(times(matrices), b, CG(6, 0.0)), exact, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(solver(times(matrices), b, CG(20, 1e-12)), exact, rtol=1e-9, atol=1e-10)
-    together = solver(times(matrices), b, CG(3, 1e-3))
-    for i in range(5):
-        alone = solver(times(matrices[i : i + 1]), b[i : i + 1], CG(3, 1e-3))
-        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-13, atol=1e-14)
+    matrices = torch.cat([matrices, random(45, 6, 6, seed=2) + 2 * torch.eye(6).double()])
+    b = torch.cat([b, random(45, 6, seed=3)])
+    for limits in (CG(3, 1e-3), CG(5, 0.4)):  # of the second, some end earlier than others
+        together = solver(times(matrices), b, limits)
+        for i in range(len(b)):
+            alone = solver(times(matrices[i : i + 1]), b[i : i + 1], limits)
+            torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-11, atol=1e-12)
     assert solver(times(matrices), torch.zeros_like(b), CG(3, 1e-3)).eq(0).all()
 
 
