@@ -133,6 +133,7 @@ def _error(square: Tensor, least: float) -> Tensor:
     middle = (square + square.mT) / 2
     error = square - middle
     low = torch.linalg.cholesky_ex(middle - least * torch.eye(middle.shape[1], dtype=torch.float64)).info > 0
+    low &= middle.isfinite().all(2).all(1)  # a draw that has diverged stays what it is: the sampler's to name
     if bool(low.any()):
         values, vectors = torch.linalg.eigh(middle[low])
         error[low] = square[low] - (vectors * values.clamp(min=least)[:, None]) @ vectors.mT

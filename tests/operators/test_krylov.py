@@ -51,6 +51,16 @@ def test_any_system_is_solved_and_draws_are_kept_apart(solver: Solver) -> None:
 
 
 @BOTH
+def test_a_draw_that_is_no_number_stays_one_and_spoils_no_other(solver: Solver) -> None:
+    matrices, b = random(3, 6, 6) + 3 * torch.eye(6).double(), random(3, 6, seed=1)
+    good = solver(times(matrices), b, CG(3, 0.0))
+    b[1, 2] = torch.nan
+    found = solver(times(matrices), b, CG(3, 0.0))
+    assert found[1].isnan().all()
+    torch.testing.assert_close(found[::2], good[::2], rtol=1e-12, atol=1e-13)
+
+
+@BOTH
 def test_the_search_ends_where_the_smallest_residual_is_within_the_tolerance(solver: Solver) -> None:
     turn = torch.linalg.qr(random(3, 30, 30))[0]
     matrices, b = (turn * torch.linspace(1, 4, 30, dtype=torch.float64)) @ turn.mT, random(3, 30, seed=1)
