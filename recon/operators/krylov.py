@@ -132,7 +132,9 @@ def _error(square: Tensor, least: float) -> Tensor:
     """``square`` less the nearest symmetric matrix without eigenvalues below ``least``: (n, k, k)."""
     middle = (square + square.mT) / 2
     error = square - middle
-    low = torch.linalg.cholesky_ex(middle - least * torch.eye(middle.shape[1], dtype=torch.float64)).info > 0
+    # Eigenvalues of ``least`` itself are common (what is not measured has them): rounding does not put them below.
+    bound = least - 1e-12 * middle.diagonal(dim1=1, dim2=2).abs().sum(1)
+    low = torch.linalg.cholesky_ex(middle - torch.diag_embed(bound[:, None].expand(-1, middle.shape[1]))).info > 0
     low &= middle.isfinite().all(2).all(1)  # a draw that has diverged stays what it is: the sampler's to name
     if bool(low.any()):
         values, vectors = torch.linalg.eigh(middle[low])
