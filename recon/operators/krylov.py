@@ -63,8 +63,8 @@ class Projected:
     def lift(self, y: Tensor) -> Tensor:
         """``V y``: (n, k, 1) -> (n, ...)."""
         x = torch.zeros_like(self.basis[0])
-        for v, weight in zip(self.basis, y.unbind(1), strict=False):
-            x = x + spread(weight[:, 0].to(v.device), v) * v
+        for v, weight in zip(self.basis, y[..., 0].to(x.device).unbind(1), strict=False):
+            x = x + spread(weight, v) * v
         return x
 
 
@@ -83,12 +83,12 @@ def project(matvec: Matvec, b: Tensor, limits: CG) -> Projected:
             break
         used = j + 1
         w = matvec(basis[-1])
-        for i, v in enumerate(basis):
-            share = dot(v, w)
-            w = w - spread(share, w) * v
-            h[:, i, j] = share.double().cpu()
+        shares = []
+        for v in basis:
+            shares.append(dot(v, w))
+            w = w - spread(shares[-1], w) * v
         length = dot(w, w).sqrt()
-        h[:, j + 1, j] = length.double().cpu()
+        h[:, : j + 2, j] = torch.stack([*shares, length], 1).double().cpu()  # one copy: a device is waited for once a step
         column = _rotated(h[:, : j + 2, j], rotations)
         whole = torch.hypot(column[:, j], column[:, j + 1])
         new = whole > 0
