@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from recon.errors import InputError, need
 from recon.priors.base import Card, Prior
+from recon.priors.layers import shorten
 from recon.priors.wiener import WienerSkip
 from recon.schedules import Schedule
 from recon.space import Space
@@ -205,6 +206,7 @@ def _unet(architecture: Architecture, side: int) -> Any:  # noqa: ANN401  (a cla
         pretrained=None,
     )
     nn.init.zeros_(network.out_conv.weight)
+    shorten(network)
     return network
 
 
