@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from recon.errors import InputError, need
 from recon.priors.base import Card, Prior
 from recon.priors.layers import shorten
-from recon.priors.wiener import WienerSkip
+from recon.priors.wiener import PrincipalSkip, WienerSkip
 from recon.schedules import Schedule
 from recon.space import Space
 
@@ -65,9 +65,11 @@ class Architecture(BaseModel):
     attend (adm only).  position: give the network two channels that say where a pixel is.  condition: how many channels of
     conditions the network is given with an image.  whole: sides of the field of which the images are windows; None when
     images are whole.  wiener: start from the Wiener filter (``recon.priors.wiener``) in place of the linear estimate of white
-    data, and give the network that estimate beside the image.
+    data, and give the network that estimate beside the image.  components: with ``wiener``, let the filter know so many
+    principal components in place of a power spectrum; for small grids, whose places differ.
 
-    Raises ValueError when an image is larger than the whole it is a window of, or windows ask for the filter of whole images.
+    Raises ValueError when an image is larger than the whole it is a window of, windows ask for the filter of whole images, or
+    there cannot be so many components.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,6 +85,7 @@ class Architecture(BaseModel):
     condition: int = Field(default=0, ge=0)
     whole: tuple[Side, Side] | None = None
     wiener: bool = False
+    components: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _window(self) -> Self:
@@ -90,6 +93,9 @@ class Architecture(BaseModel):
             raise ValueError(f"images of {self.sides} pixels cannot be windows of a field of {self.whole}")
         if self.wiener and self.whole is not None:
             raise ValueError("windows have no one mean image and spectrum; wiener is for whole images")
+        values = self.fields * math.prod(self.sides)
+        if self.components and not (self.wiener and self.components < values):
+            raise ValueError(f"components are of the filter (wiener: true), and fewer than the {values} values of an image")
         return self
 
     @property
@@ -129,7 +135,7 @@ class ShuffledUNet(nn.Module):
         ramps = (torch.linspace(-1, 1, side) for side in (rows, columns))
         grid = torch.stack(torch.meshgrid(*ramps, indexing="ij"))
         self.register_buffer("position", grid[None], persistent=False)
-        self.skip = WienerSkip((architecture.fields, *architecture.sides)) if architecture.wiener else None
+        self.skip = _skip(architecture)
 
     def forward(self, z: Tensor, c_noise: Tensor, context: Context | None = None) -> Tensor:
         """``z`` (n, fields, ny, nx) of about unit variance, ``c_noise`` (n,); returns that shape.
@@ -177,6 +183,13 @@ class ShuffledUNet(nn.Module):
         cells = (torch.arange(count, device=corner.device) * side + (side - 1) / 2 for count in (rows, columns))
         y, x = (2 * (corner[:, axis, None] + cell) / (whole[axis] - 1) - 1 for axis, cell in enumerate(cells))
         return torch.stack([y[:, :, None].expand(-1, -1, columns), x[:, None, :].expand(-1, rows, -1)], dim=1)
+
+
+def _skip(architecture: Architecture) -> WienerSkip | PrincipalSkip | None:
+    shape = (architecture.fields, *architecture.sides)
+    if architecture.components:
+        return PrincipalSkip(shape, architecture.components)
+    return WienerSkip(shape) if architecture.wiener else None
 
 
 def _unet(architecture: Architecture, side: int) -> Any:  # noqa: ANN401  (a class of deepinv)

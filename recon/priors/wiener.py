@@ -10,10 +10,19 @@ their mean ``m`` and power spectrum ``S``, the Wiener filter ``W`` and its error
 
 the targets of ``F`` have unit variance again and a network that returns zero is the Wiener filter; with ``m = 0`` and a white
 ``S = s^2`` this is the preconditioning of Karras et al.  ``<>`` is the mean over frequencies and fields.
+
+A power spectrum is all of a covariance where images look alike everywhere.  Fields on a map do not: coasts, currents and land
+stay in their places.  For small grids the filter of their principal components is better, that of the Gaussian with the
+covariance ``sum_k v_k u_k u_k^T`` of ``r`` of them and one variance ``v_0`` in all other directions (Tipping and Bishop 1999),
+
+.. math::
+    W_\sigma(z) = m + g_0 (z - m) + \sum_{k \le r} (g_k - g_0)\, u_k u_k^T (z - m), \qquad
+    g_k = \frac{v_k}{v_k + \sigma^2}, \qquad e(\sigma)^2 = \sigma^2 \Big[\sum_{k \le r} g_k + (d - r) g_0\Big] / d .
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,13 +71,7 @@ class WienerSkip(nn.Module):
 
         Raises InputError for other shapes, or images that are no finite numbers.
         """
-        images = images.unsqueeze(1) if images.ndim == 3 else images
-        if len(images) < 2 or images.shape[1:] != self.mean.shape or not bool(images.isfinite().all()):
-            raise InputError(
-                f"a Wiener filter is fitted to two or more finite images of {tuple(self.mean.shape)}; "
-                f"got {tuple(images.shape)}"
-            )
-        found = Wiener.fit(images.double())
+        found = Wiener.fit(_fitting(images, self.mean))
         spectrum = found.spectrum.clamp(min=1e-7 * float(found.spectrum.mean()))  # float32 tells no less from nothing
         self.mean.copy_(found.mean.half())
         self.log_spectrum.copy_(spectrum.log().half())
@@ -78,3 +81,53 @@ class WienerSkip(nn.Module):
         spectrum, square = self.log_spectrum.exp(), level.square()
         gain = spectrum / (spectrum + square)
         return Wiener(self.mean, spectrum)(z, level), (gain.mean((1, 2, 3), keepdim=True) * square).sqrt()
+
+
+class PrincipalSkip(nn.Module):
+    """``W`` and ``e`` of ``components`` principal components; as ``WienerSkip`` otherwise, float16 included."""
+
+    mean: Tensor
+    vectors: Tensor
+    log_variances: Tensor
+    log_rest: Tensor
+
+    def __init__(self, shape: tuple[int, int, int], components: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("vectors", torch.eye(components, math.prod(shape)))
+        self.register_buffer("log_variances", torch.zeros(components))
+        self.register_buffer("log_rest", torch.zeros(1))
+
+    def fit(self, images: Tensor) -> None:
+        """Take mean and components from latent ``images`` (n, ny, nx) or (n, fields, ny, nx), n >= 2.
+
+        Raises InputError for other shapes, or images that are no finite numbers.
+        """
+        images = _fitting(images, self.mean)
+        mean, kept = images.mean(0), len(self.vectors)
+        moved = (images - mean).flatten(1)
+        variances, vectors = torch.linalg.eigh(moved.T @ moved / len(moved))  # ascending
+        least = 1e-7 * variances.mean()  # float32 tells no less from nothing
+        self.mean.copy_(mean.half())
+        self.vectors.copy_(vectors[:, -kept:].T.half())
+        self.log_variances.copy_(variances[-kept:].clamp(min=least).log().half())
+        self.log_rest.copy_(variances[:-kept].mean().clamp(min=least).log().half())
+
+    def forward(self, z: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """``W`` of ``z`` (n, fields, ny, nx) at levels (n, 1, 1, 1), and ``e`` (n, 1, 1, 1)."""
+        square, unknowns = level.square().flatten(1), self.mean.numel()
+        gain, rest = (v / (v + square) for v in (self.log_variances.exp(), self.log_rest.exp()))
+        moved = (z - self.mean).flatten(1)
+        filtered = rest * moved + ((moved @ self.vectors.T) * (gain - rest)) @ self.vectors
+        known = gain.sum(1, keepdim=True) + (unknowns - len(self.vectors)) * rest
+        return self.mean + filtered.reshape(z.shape), (known / unknowns * square).sqrt()[:, :, None, None]
+
+
+def _fitting(images: Tensor, mean: Tensor) -> Tensor:
+    """``images`` as (n, fields, ny, nx) in float64.  Raises InputError where no filter can be fitted to them."""
+    images = images.unsqueeze(1) if images.ndim == 3 else images
+    if len(images) < 2 or images.shape[1:] != mean.shape or not bool(images.isfinite().all()):
+        raise InputError(
+            f"a Wiener filter is fitted to two or more finite images of {tuple(mean.shape)}; got {tuple(images.shape)}"
+        )
+    return images.double()

@@ -22,10 +22,11 @@ from recon.comm import Comm
 from recon.datasets.sampling import Sample
 from recon.errors import InputError
 from recon.priors.autoencoder import Autoencoder
-from recon.priors.base import Card
+from recon.priors.base import Card, Prior
 from recon.priors.conditional import ConditionalNetworkPrior
 from recon.priors.denoising import Denoiser, Wiener, denoising_error, network_denoiser
 from recon.priors.latent import LatentPrior
+from recon.priors.loading import load_prior
 from recon.priors.network import NetworkPrior, ShuffledUNet, build_network
 from recon.priors.objective import told_denoiser
 from recon.priors.store import save_prior
@@ -41,6 +42,7 @@ log = logging.getLogger("recon.train")
 
 _CODER = "autoencoder"  # folder of its training, beside that of the denoiser
 _FIT_IMAGES = 1024  # training images from which the Wiener filter learns its mean and spectrum
+_FIT_EACH = 24  # at least so many for each of its principal components
 
 
 def train(
@@ -130,11 +132,29 @@ def prepare(
 
 
 def _network(file: TrainFile, data: TrainingData, coder: Autoencoder | None) -> ShuffledUNet:
-    """The network before any training, with the filter that it starts from if it has one."""
+    """The network before any training: that of another prior, or a new one with the filter it starts from if it has one."""
     network = build_network(file.network(data), file.training.seed)
-    if network.skip is not None:
-        network.skip.fit(coded(coder, file.latent(data.whole(_FIT_IMAGES))))
+    if file.start is not None:
+        _go_on_from(load_prior(file.start), file, network)
+    elif network.skip is not None:
+        count = max(_FIT_IMAGES, _FIT_EACH * network.architecture.components)
+        network.skip.fit(coded(coder, file.latent(data.whole(count))))
     return network
+
+
+def _go_on_from(start: Prior, file: TrainFile, network: ShuffledUNet) -> None:
+    """Give ``network`` the weights and the filter of ``start``.  Raises InputError when they are of another network."""
+    theirs = start.network if isinstance(start, NetworkPrior) else None
+    if not isinstance(theirs, ShuffledUNet) or theirs.architecture != network.architecture:
+        told = theirs.architecture if isinstance(theirs, ShuffledUNet) else type(theirs or start).__name__
+        raise InputError(f"start: {file.start} has another network: {told}; the file asks for {network.architecture}")
+    assert isinstance(start, NetworkPrior)
+    if start.sigma_data != file.normalisation.sigma_data:
+        raise InputError(
+            f"start: {file.start} has sigma_data {start.sigma_data}, by which its answers are multiplied; the file says "
+            f"{file.normalisation.sigma_data}"
+        )
+    network.load_state_dict(theirs.state_dict())
 
 
 def _held_out(file: TrainFile, curve: Sample, coder: Autoencoder | None) -> HeldOut | None:

@@ -33,7 +33,8 @@ class TrainFile(BaseModel):
     for.  pixel_mm: smallest and largest pixel side the cuts come to.  held_out: with cuts, data sets whose validation part
     (training files) or whole (test files) the trained prior is measured on, as area means of the size of its images; fields
     have their own test part.  autoencoder: of a latent prior; it is trained first, and architecture, schedule and sigma_data
-    are of its latents.  unfit_for: what the prior must not be used for.
+    are of its latents.  start: a prior, by name or folder, whose network and Wiener filter training goes on from (same
+    architecture and sigma_data); without it the network is new.  unfit_for: what the prior must not be used for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +50,7 @@ class TrainFile(BaseModel):
     cuts: tuple[Cut, ...] = ()
     fields: FieldSampling | None = None
     held_out: tuple[str, ...] = ()
+    start: str | None = None
     training: TrainingConfig
     unfit_for: str
     weights_licence: str
@@ -94,6 +96,8 @@ class TrainFile(BaseModel):
         windows = (self.fields is not None and self.fields.crop is not None) or any(c.whole for c in self.cuts)
         if windows or self.conditions is not None:
             raise ValueError("a latent prior is over whole images without conditions")
+        if self.start is not None:
+            raise ValueError("start is for networks of images; those of a latent prior would meet other latents")
         return self
 
     @property
@@ -113,8 +117,11 @@ class TrainFile(BaseModel):
         # Keys that are younger than some checkpoints are left out where they change nothing.
         if self.fields is not None and self.fields.fill is None:
             del told["fields"]["fill"]
-        if not self.architecture.wiener:
-            del told["architecture"]["wiener"]
+        for name in ("wiener", "components"):
+            if not getattr(self.architecture, name):
+                del told["architecture"][name]
+        if self.start is not None:
+            told["start"] = self.start
         if self.autoencoder is not None:
             told["autoencoder"] = self.autoencoder.model_dump(mode="json")
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,7 @@ from recon.priors.base import Card
 from recon.priors.network import Architecture, NetworkPrior, build_network, precondition
 from recon.priors.objective import Batch, denoising_loss
 from recon.priors.store import save_prior
-from recon.priors.wiener import Wiener, WienerSkip
+from recon.priors.wiener import PrincipalSkip, Wiener, WienerSkip
 from recon.schedules import Schedule
 from recon.space import Space
 
@@ -85,6 +85,57 @@ def test_its_error_is_the_mean_squared_error_of_the_filter(fitted):
         assert float(skip(eye[:1], level)[1]) == pytest.approx(math.sqrt(mean_square), rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def principal():
+    """A filter of 40 components of images whose directions after the first 40 have little and unequal variance."""
+    made = PrincipalSkip((2, 8, 8), 40)
+    random = torch.Generator().manual_seed(2)
+    directions, _ = torch.linalg.qr(torch.randn(128, 128, generator=random, dtype=torch.float64))
+    size = torch.cat([torch.linspace(2, 0.3, 40), torch.linspace(0.05, 0.03, 88)]).double()
+    seen = (torch.randn(600, 128, generator=random, dtype=torch.float64) * size) @ directions.T
+    seen = (seen + torch.linspace(-1, 1, 128)).reshape(600, 2, 8, 8)
+    made.fit(seen)
+    return made, seen
+
+
+def test_a_filter_of_components_is_that_of_their_gaussian(principal):
+    # With float16 numbers: variances move by 2^-8 at most, gains by a quarter of it, directions by 2^-11 of their size.
+    skip, seen = principal
+    mean, flat = seen.mean(0), (seen - seen.mean(0)).flatten(1)
+    variances, vectors = torch.linalg.eigh(flat.T @ flat / len(flat))
+    variances[:88] = variances[:88].mean()
+    covariance = vectors @ torch.diag(variances) @ vectors.T
+    z = mean + torch.randn(3, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    filtered, error = skip(z.float(), SIGMAS.reshape(-1, 1, 1, 1))
+    for row, sigma in enumerate(SIGMAS.tolist()):
+        noisy = covariance + sigma**2 * torch.eye(128, dtype=torch.float64)
+        gain = torch.linalg.solve(noisy, covariance).T
+        wanted = mean + (gain @ (z[row] - mean).flatten()).reshape(2, 8, 8)
+        size = float((z[row] - mean).square().mean().sqrt())
+        assert float((filtered[row] - wanted).square().mean().sqrt()) < (2**-10 + 2 * 2**-11) * size + 2**-11
+        mean_square = float((sigma**2 * gain).diagonal().mean())  # tr of the posterior covariance
+        assert float(error[row]) == pytest.approx(math.sqrt(mean_square), rel=2**-8)
+
+
+def test_components_beat_a_spectrum_where_places_differ(principal):
+    skip, seen = principal
+    z = seen.float() + 0.5 * torch.randn(600, 2, 8, 8, generator=torch.Generator().manual_seed(4))
+    level = torch.full((600, 1, 1, 1), 0.5)
+    ours = (skip(z, level)[0] - seen).square().mean()
+    assert float(ours) < 0.8 * float((Wiener.fit(seen)(z.double(), 0.5) - seen).square().mean())
+
+
+def test_a_new_network_of_components_is_their_filter():
+    shape = TINY.model_copy(update={"components": 30})
+    network = build_network(shape, seed=3)
+    network.skip.fit(images(60))
+    z = images(3) + SIGMAS.reshape(-1, 1, 1, 1) * torch.randn(3, 2, 16, 16)
+    assert torch.equal(precondition(network, z, SIGMAS, 0.5), network.skip(z, SIGMAS.reshape(-1, 1, 1, 1))[0])
+    for wrong in ({"components": 512}, {"components": 30, "wiener": False}):
+        with pytest.raises(ValidationError, match="components are of the filter"):
+            Architecture(**{**TINY.model_dump(), **wrong})
+
+
 def test_the_loss_counts_in_errors_of_the_filter(fitted):
     x, noise = images(3), torch.randn(3, 2, 16, 16)
     loss = denoising_loss(fitted, Batch(x, torch.ones_like(x)), SIGMAS, noise, 0.5).detach()
@@ -93,8 +144,9 @@ def test_the_loss_counts_in_errors_of_the_filter(fitted):
     assert float(loss) == pytest.approx(float(((linear - x) / error).square().sum()), rel=1e-5)
 
 
-def test_stored_and_loaded_it_is_the_same_network(tmp_path, fitted):
-    network = build_network(TINY, seed=3)
+@pytest.mark.parametrize("components", [0, 20])
+def test_stored_and_loaded_it_is_the_same_network(tmp_path, components):
+    network = build_network(TINY.model_copy(update={"components": components}), seed=3)
     network.skip.fit(images())
     torch.manual_seed(5)
     for value in network.parameters():
@@ -109,7 +161,9 @@ def test_stored_and_loaded_it_is_the_same_network(tmp_path, fitted):
     z = torch.randn(2, 2, 16, 16)
     loaded = load_prior(tmp_path / "toy")
     assert torch.equal(loaded.denoise(z, 0.4), prior.denoise(z, 0.4))
-    assert torch.equal(loaded.network.skip.log_spectrum, network.skip.log_spectrum)
+    kept = loaded.network.skip.state_dict()
+    assert kept.keys() == network.skip.state_dict().keys()
+    assert all(torch.equal(kept[name], value) for name, value in network.skip.state_dict().items())
 
 
 def test_what_has_no_filter_is_refused():

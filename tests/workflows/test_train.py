@@ -111,6 +111,28 @@ def test_the_wiener_start_of_training_is_that_of_the_prior(lab):
     assert float(kept.log_spectrum.std()) > 0
 
 
+@pytest.mark.parametrize("wiener", [False, True])
+def test_training_goes_on_from_another_prior(lab, wiener):
+    architecture = {**SETTINGS["architecture"], "wiener": wiener}
+    train(write(lab, architecture=architecture), lab / "first")
+    cuts = [{**SETTINGS["cuts"][0], "side": [16, 32]}]  # of other images, to which no filter is fitted
+    file = read_train_file(write(lab, architecture=architecture, cuts=cuts, start=str(lab / "first")))
+    given, begun = load_prior(lab / "first").network.state_dict(), prepare(file, None).network.state_dict()
+    assert given.keys() == begun.keys()
+    assert all(torch.equal(given[name], begun[name]) for name in given)
+    assert file.identity != file.model_copy(update={"start": None}).identity
+
+
+def test_a_start_that_does_not_fit_is_refused(lab):
+    train(write(lab), lab / "first")
+    wider = {**SETTINGS["architecture"], "channels": [64, 64]}
+    with pytest.raises(InputError, match=r"start: .*first has another network: .*channels=\(32, 64\).*channels=\(64, 64\)"):
+        prepare(read_train_file(write(lab, architecture=wider, start=str(lab / "first"))), None)
+    numbers = {**SETTINGS["normalisation"], "sigma_data": 0.9}
+    with pytest.raises(InputError, match="has sigma_data .* the file says 0.9"):
+        prepare(read_train_file(write(lab, normalisation=numbers, start=str(lab / "first"))), None)
+
+
 def test_test_data_are_never_trained_on(lab):
     path = write(lab, cuts=[{"dataset": "others", "share": 1.0, "side": [32, 32]}])
     with pytest.raises(InputError, match="others is for test; it has no part 'train'"):
