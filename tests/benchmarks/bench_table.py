@@ -4,7 +4,7 @@
         [--truths 2] [--seconds 240] [--cell-seconds 120] [--again] [--write-only]
 
 One call measures cells that are missing for ``--seconds`` and writes the table of what there is; call it again to go on.  What
-was measured is kept in runs/methods.json, cell by cell.  ``--again`` measures anew what was measured with other sizes.
+was measured is kept in docs/methods.json, cell by cell.  ``--again`` measures anew what was measured with other sizes.
 
 base: steps of MMPS; every other method takes as many more or fewer as in ``recon bench``.  draws: 19 is the least for 90 %
 intervals; fewer are judged by the widest interval they have.  truths: held-out images.  cell-seconds: a cell that needs more is
@@ -52,7 +52,7 @@ from recon.workflows.operators import build
 from recon.workflows.scorecard import level_of
 
 ROOT = Path(__file__).resolve().parents[2]
-CELLS, PAGE = ROOT / "runs" / "methods.json", ROOT / "docs" / "methods.md"
+CELLS, PAGE = ROOT / "docs" / "methods.json", ROOT / "docs" / "methods.md"
 REFERENCE = 32  # steps of MMPS in ``recon bench``
 TRAINING = 64  # images that the stationary prior of the MR column is fitted to
 
@@ -284,7 +284,6 @@ def fill(cells: dict[str, Any], chosen: argparse.Namespace) -> int:
                 continue
             made = cell(found, method, sizes) | {"prior": label}
             cells[f"{name}/{method}"] = made | {"date": datetime.now(UTC).date().isoformat()}
-            CELLS.parent.mkdir(exist_ok=True)
             write_json(CELLS, cells)
             sys.stdout.write(f"{name:17} {method:14} {shown(made, [])}\n")
             sys.stdout.flush()
