@@ -48,7 +48,7 @@ from recon.draws import Pairs
 from recon.likelihoods import GaussianLikelihood
 from recon.operators.deepinv_bridge import as_deepinv
 from recon.priors import Prior, load_prior
-from recon.samplers import METHODS, DiffPIR, Renoise, Sampler
+from recon.samplers import METHODS, DiffPIR, PiGDM, Renoise, Sampler
 from recon.schedules import Karras, Schedule
 
 TOP, BOTTOM = 20.0, 0.01  # noise levels walked, units of the latent
@@ -62,6 +62,9 @@ RECON: dict[str, Sampler] = {
 } | {
     f"diffpir {steps} renewed": DiffPIR(steps=steps, sigma_max=3.0, sigma_min=0.003, transition=Renoise(1.0))
     for steps in (12, 16, 32, 64)
+} | {
+    f"pigdm {steps} renewed": PiGDM(steps=steps, sigma_max=3.0, sigma_min=BOTTOM, transition=Renoise(1.0))
+    for steps in (16, 24, 32)
 }
 
 
