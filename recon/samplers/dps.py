@@ -5,9 +5,18 @@ over-weights the data; for a Gaussian prior N(0, s^2), ``y = a x + n``, ``r = we
 steps grow (ancestral transition), mean ``(y/a)(1 - e^-r)`` and variance ``s^2 (1 - e^-2r) / (2r)`` instead of
 ``(y/a) r/(1+r)`` and ``s^2/(1+r)``.
 
+Where the data are precise, explicit steps of that pull ``p = D_y - D`` overshoot and diverge.  ``guard`` shortens a pull whose
+step ``tau p``, ``tau = 1 - (sigma_next / sigma)^2``, would take D past where the log-likelihood ``L`` is best along it, by a
+parabola::
+
+    p <- min(1, t / tau) p,      t = <grad_D L, p> / 2 (<grad_D L, p> + L(D) - L(D + p))
+
+As steps grow nothing is shortened, so the bias is the one above.  It costs an evaluation of the operator.  A pull to where the
+likelihood is no number any more is shortened until it is one.
+
 ``form="norm"``: the published rule, a displacement ``-zeta grad |y - A x(D)|`` per draw and step (algorithm 1; in
 variance-exploding coordinates divided by the scales ``1/sqrt(1 + sigma^2)`` of both levels), ``zeta = weight`` for 1000 steps
-and rescaled by ``1000 / steps``.
+and rescaled by ``1000 / steps``.  Nothing guards it.
 """
 
 from __future__ import annotations
@@ -22,30 +31,46 @@ from torch import Tensor
 
 from recon.errors import InputError
 from recon.operators.cg import dot
+from recon.operators.cg import spread as over
 from recon.posterior import Posterior
 from recon.samplers.base import Claim, GuidedSampler
 from recon.samplers.requirements import require_gaussian
 from recon.samplers.transitions import Ancestral
 
 Form = Literal["bayes", "norm"]
+_SHRINKS = 16  # by 2^-4 each, until the log-likelihood of where a pull leads is a number
+
+
+@dataclass(frozen=True)
+class Pull:
+    """How the data pull: form, weight, steps of the walk (which form norm asks for), guard (of form bayes)."""
+
+    form: Form
+    weight: float
+    steps: int
+    guard: bool
 
 
 @dataclass(frozen=True)
 class DPS(GuidedSampler):
-    """Diffusion posterior sampling; takes any differentiable operator and likelihood."""
+    """Diffusion posterior sampling; takes any differentiable operator and likelihood.
+
+    guard: of form "bayes", shorten a pull that overshoots; see the module.
+    """
 
     claim: ClassVar[Claim] = "heuristic"
     exact_for: ClassVar[str] = "noise far above the signal; elsewhere biased as its module states"
     needs: ClassVar[str] = "differentiable operator, likelihood and denoiser"
-    cost: ClassVar[str] = "1 denoiser + 1 vjp + 1 (A, A^T) per step"
+    cost: ClassVar[str] = "1 denoiser + 1 vjp + 1 (A, A^T) per step; guard: + 1 A"
     advice: ClassVar[str] = (
-        "more steps or a smaller weight (form 'bayes' is stable only while weight (sigma^2 - sigma_next^2) |A J|^2 / sigma_y^2 "
-        "< 2), or a method that solves for the data: MMPS, PiGDM, DiffPIR"
+        "guard: true, more steps or a smaller weight (form 'bayes' without guard is stable only while weight (sigma^2 - "
+        "sigma_next^2) |A J|^2 / sigma_y^2 < 2), or a method that solves for the data: MMPS, PiGDM, DiffPIR"
     )
 
     steps: int = 1000
     form: Form = "bayes"
     weight: float = 1.0
+    guard: bool = True
 
     def check(self, posterior: Posterior) -> None:
         super().check(posterior)
@@ -54,7 +79,7 @@ class DPS(GuidedSampler):
         require_form(posterior, self, self.form)
 
     def guide(self, posterior: Posterior, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
-        return pulled(posterior, z, (sigma, sigma_next), self.form, self.weight, self.steps)
+        return pulled(posterior, z, (sigma, sigma_next), Pull(self.form, self.weight, self.steps, self.guard))
 
 
 def require_form(posterior: Posterior, sampler: GuidedSampler, form: str) -> None:
@@ -70,9 +95,7 @@ def pulled(
     posterior: Posterior,
     z: Tensor,
     levels: tuple[float, float],
-    form: Form,
-    weight: float,
-    steps: int,
+    how: Pull,
     more: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """``D_y`` of the module docstring at ``levels`` (sigma, that after it).
@@ -84,21 +107,35 @@ def pulled(
     posterior.count("vjp", len(z))
     posterior.count_normal(len(z))
     sigma, sigma_next = levels
-    with torch.enable_grad():
-        point = z.detach().requires_grad_()
-        denoised = prior.denoise(point, sigma)
+    tau = 1 - (sigma_next / sigma) ** 2  # the ancestral step moves by tau (D_y - z)
+
+    def value_at(denoised: Tensor) -> Tensor:
         x = prior.decode(denoised)
-        if form == "bayes":
+        if how.form == "bayes":
             value = likelihood.log_prob(x)
         else:
             residual = likelihood.gaussian().residual(x)
             value = -dot(residual, residual).sqrt()
-        if more is not None:
-            value = value - more(denoised, x)
-        (gradient,) = torch.autograd.grad(value.sum(), point)
-    if form == "bayes":
-        return denoised.detach() + weight * sigma**2 * gradient
-    scales = math.sqrt((1 + sigma**2) * (1 + sigma_next**2))
-    # The ancestral step moves by tau (D_y - z): divide so that the displacement is the published one.
-    tau = 1 - (sigma_next / sigma) ** 2
-    return denoised.detach() + weight * 1000 / steps * scales / tau * gradient
+        return value if more is None else value - more(denoised, x)
+
+    with torch.enable_grad():
+        point = z.detach().requires_grad_()
+        denoised = prior.denoise(point, sigma)
+        value = value_at(denoised)
+        slope, gradient = torch.autograd.grad(value.sum(), (denoised, point))
+    denoised = denoised.detach()
+    if how.form == "norm":  # divide so that the displacement is the published one
+        scales = math.sqrt((1 + sigma**2) * (1 + sigma_next**2))
+        return denoised + how.weight * 1000 / how.steps * scales / tau * gradient
+    pull = how.weight * sigma**2 * gradient
+    if not how.guard:
+        return denoised + pull
+    for _ in range(_SHRINKS):
+        posterior.count("forward", len(z))
+        ahead = value_at(denoised + pull).detach()
+        if bool(ahead.isfinite().all()):
+            break
+        pull = over(torch.where(ahead.isfinite(), 1.0, 2.0**-4), pull) * pull
+    rise = dot(slope, pull)
+    best = rise / (2 * (rise + value.detach() - ahead))
+    return denoised + over(torch.where((best > 0) & (best < tau), best / tau, torch.ones_like(best)), pull) * pull

@@ -31,7 +31,7 @@ from recon.operators.base import LinearOperator
 from recon.operators.cg import dot
 from recon.posterior import Posterior
 from recon.samplers.base import Claim, GuidedSampler
-from recon.samplers.dps import Form, pulled, require_form
+from recon.samplers.dps import Form, Pull, pulled, require_form
 from recon.samplers.requirements import require_gaussian
 
 _PROJECTOR = 1e-3  # relative error of A^T A A^T A = A^T A that rounding and interpolation may leave
@@ -42,7 +42,7 @@ class LatentDPS(GuidedSampler):
     """Guidance by the decoded latent, differentiated through decoder and denoiser.
 
     omega: weight of the data (the zeta of the published rule).  gamma: weight of the gluing term, 0 without one; it encodes
-    and so costs the encoder's gradient too.
+    and so costs the encoder's gradient too.  guard: of form "bayes", shorten a pull that overshoots, as ``DPS`` does.
     """
 
     claim: ClassVar[Claim] = "heuristic"
@@ -50,16 +50,19 @@ class LatentDPS(GuidedSampler):
     needs: ClassVar[str] = (
         "differentiable operator, likelihood, decoder and denoiser; gamma: also an encoder, Gaussian noise, A with A A^T = I"
     )
-    cost: ClassVar[str] = "1 denoiser and decoder + their vjp + 1 (A, A^T) per step; gamma: + encoder, 2 (A, A^T)"
+    cost: ClassVar[str] = (
+        "1 denoiser and decoder + their vjp + 1 (A, A^T) per step; guard: + decoder, 1 A; gamma: + encoder, 2 (A, A^T)"
+    )
     advice: ClassVar[str] = (
-        "more steps or a smaller omega and gamma (form 'bayes' is stable only while omega (sigma^2 - sigma_next^2) |A J|^2 / "
-        "sigma_y^2 < 2, J that of decoder and denoiser), or form 'norm'"
+        "guard: true, more steps or a smaller omega and gamma (form 'bayes' without guard is stable only while omega "
+        "(sigma^2 - sigma_next^2) |A J|^2 / sigma_y^2 < 2, J that of decoder and denoiser), or form 'norm'"
     )
 
     steps: int = 1000
     form: Form = "bayes"
     omega: float = 1.0
     gamma: float = 0.0
+    guard: bool = True
 
     def check(self, posterior: Posterior) -> None:
         super().check(posterior)
@@ -78,7 +81,7 @@ class LatentDPS(GuidedSampler):
             return self.gamma / self.omega * self._gluing(posterior, denoised, x)
 
         more = glued if self.gamma > 0 else None
-        return pulled(posterior, z, (sigma, sigma_next), self.form, self.omega, self.steps, more)
+        return pulled(posterior, z, (sigma, sigma_next), Pull(self.form, self.omega, self.steps, self.guard), more)
 
     def _gluing(self, posterior: Posterior, denoised: Tensor, x: Tensor) -> Tensor:
         """``|g|^2 / (2 sigma_y^2)``, or ``|g|`` for the norm: (n,)."""
