@@ -63,7 +63,7 @@ RECON: dict[str, Sampler] = {
     f"diffpir {steps} renewed": DiffPIR(steps=steps, sigma_max=3.0, sigma_min=0.003, transition=Renoise(1.0))
     for steps in (12, 16, 32, 64)
 } | {
-    f"pigdm {steps} renewed": PiGDM(steps=steps, sigma_max=3.0, sigma_min=BOTTOM, transition=Renoise(1.0))
+    f"pigdm {steps}, zeta 0.8": PiGDM(steps=steps, sigma_max=3.0, sigma_min=BOTTOM, transition=Renoise(0.8))
     for steps in (16, 24, 32)
 }
 
