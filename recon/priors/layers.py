@@ -63,27 +63,34 @@ class Norm(nn.GroupNorm):
         """``input`` (n, channels, ny, nx)."""
         if input.device.type != "cpu" or input.ndim != 4 or not torch.is_grad_enabled():
             return super().forward(input)
-        made: Tensor = _Norm.apply(input, self.weight, self.bias, self.num_groups, self.eps)
-        return made
+        out: Tensor = _Norm.apply(input, self.weight, self.bias, self.num_groups, self.eps)[0]
+        return out
 
 
 class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:  # noqa: ANN401
-        n, channels, ny, nx = x.shape
-        out, mean, rate = torch.native_group_norm(x, weight, bias, n, channels, ny * nx, groups, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rate)
-        ctx.groups, ctx.eps = groups, eps
-        return out
+    """The function and its derivatives of every order and mode; mean and rate of the groups come out beside it."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        x, weight, bias, mean, rate = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants derivatives of this: let torch have them
-            wanted = [t for t in (x, weight, bias) if t.requires_grad]
-            again = functional.group_norm(x, ctx.groups, weight, bias, ctx.eps)
-            found = iter(torch.autograd.grad(again, wanted, g, create_graph=True))
-            return *(next(found) if t.requires_grad else None for t in (x, weight, bias)), None, None
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        n, channels, ny, nx = x.shape
+        made: tuple[Tensor, Tensor, Tensor] = torch.native_group_norm(x, weight, bias, n, channels, ny * nx, groups, eps)
+        return made
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
+        x, weight, _, ctx.groups, ctx.eps = inputs
+        _, mean, rate = output
+        ctx.mark_non_differentiable(mean, rate)
+        ctx.save_for_backward(x, weight, mean, rate)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, weight, mean, rate = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants derivatives of this, and these depend on x
+            mean, rate = _of_groups(x, ctx.groups, ctx.eps)
         n, channels, each = len(x), x.shape[1], x.shape[1] // ctx.groups
         kind = torch.promote_types(torch.float32, x.dtype)
         of_channel = (n, ctx.groups, each)
@@ -91,7 +98,7 @@ class _Norm(torch.autograd.Function):
         product = (g * x).sum((2, 3), dtype=kind).reshape(of_channel)
         w, m, r = weight.to(kind).reshape(ctx.groups, each), mean.to(kind)[..., None], rate.to(kind)[..., None]
         turned = (product - m * summed) * r  # sum of g x_hat over the pixels of a channel
-        count = each * x[0, 0].numel()
+        count = each * x.shape[2] * x.shape[3]
         level, slope = ((w * part).sum(2, keepdim=True) / count for part in (summed, turned))
         on_x = (-r.square() * slope).expand(of_channel)
         constant = (r.square() * m * slope - r * level).expand(of_channel)
@@ -99,9 +106,29 @@ class _Norm(torch.autograd.Function):
         def broad(t: Tensor) -> Tensor:
             return t.reshape(n, channels, 1, 1).to(x.dtype)
 
-        pulled = None
-        if ctx.needs_input_grad[0]:
-            pulled = torch.addcmul(broad(constant), x, broad(on_x)).addcmul_(g, broad(r * w))
-        to_weight = turned.sum(0).reshape(channels).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        to_bias = summed.sum(0).reshape(channels).to(bias.dtype) if ctx.needs_input_grad[2] else None
+        pulled = torch.addcmul(torch.addcmul(broad(constant), x, broad(on_x)), g, broad(r * w))
+        to_weight, to_bias = (part.sum(0).reshape(channels).to(weight.dtype) for part in (turned, summed))
         return pulled, to_weight, to_bias, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, weight = ctx.saved_tensors
+        each, found = x.shape[1] // ctx.groups, _of_groups(x, ctx.groups, ctx.eps)
+        mean, rate = (t.repeat_interleave(each, 1)[..., None, None] for t in found)
+        hat, moved = (x - mean) * rate, torch.zeros_like(x)
+        if dx is not None:
+            parts = [t.reshape(len(x), ctx.groups, -1) for t in (dx, hat)]
+            along = (parts[0] * parts[1]).mean(2, keepdim=True)
+            turned = (parts[0] - parts[0].mean(2, keepdim=True) - parts[1] * along).reshape(x.shape)
+            moved = moved + weight[:, None, None] * rate * turned
+        if dw is not None:
+            moved = moved + dw[:, None, None] * hat
+        if db is not None:
+            moved = moved + db[:, None, None]
+        return moved.to(x.dtype), None, None
+
+
+def _of_groups(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and one over the standard deviation of each group: (n, groups)."""
+    variance, mean = torch.var_mean(x.reshape(len(x), groups, -1), 2, correction=0)
+    return mean, (variance + eps).rsqrt()

@@ -5,9 +5,9 @@ over-weights the data; for a Gaussian prior N(0, s^2), ``y = a x + n``, ``r = we
 steps grow (ancestral transition), mean ``(y/a)(1 - e^-r)`` and variance ``s^2 (1 - e^-2r) / (2r)`` instead of
 ``(y/a) r/(1+r)`` and ``s^2/(1+r)``.
 
-Where the data are precise, explicit steps of that pull ``p = D_y - D`` overshoot and diverge.  ``guard`` shortens a pull whose
-step ``tau p``, ``tau = 1 - (sigma_next / sigma)^2``, would take D past where the log-likelihood ``L`` is best along it, by a
-parabola::
+Where the data are precise, explicit steps of that pull ``p = D_y - D`` overshoot and diverge.  ``guard`` shortens a pull
+whose step ``tau p`` would take D past where the log-likelihood ``L`` is best along it, by a parabola (``tau``: how much of D_y
+a step takes in, ``1 - (sigma_next / sigma)^2`` of an ancestral one)::
 
     p <- min(1, t / tau) p,      t = <grad_D L, p> / 2 (<grad_D L, p> + L(D) - L(D + p))
 
@@ -43,12 +43,12 @@ _SHRINKS = 16  # by 2^-4 each, until the log-likelihood of where a pull leads is
 
 @dataclass(frozen=True)
 class Pull:
-    """How the data pull: form, weight, steps of the walk (which form norm asks for), guard (of form bayes)."""
+    """How the data pull: form, weight, steps of the walk (for form norm), ``reach`` of a step if guarded (form bayes)."""
 
     form: Form
     weight: float
     steps: int
-    guard: bool
+    reach: float | None
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,17 @@ class DPS(GuidedSampler):
         require_form(posterior, self, self.form)
 
     def guide(self, posterior: Posterior, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
-        return pulled(posterior, z, (sigma, sigma_next), Pull(self.form, self.weight, self.steps, self.guard))
+        how = Pull(self.form, self.weight, self.steps, reach(self, sigma, sigma_next) if self.guard else None)
+        return pulled(posterior, z, (sigma, sigma_next), how)
+
+
+def reach(sampler: GuidedSampler, sigma: float, sigma_next: float) -> float:
+    """How much of ``D_y`` a step takes in: ``1 - (sigma_next / sigma)^2`` of an ancestral one, 1 where all noise is renewed."""
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    try:
+        return float(sampler.transition.step(zero, one, sigma, sigma_next, zero))
+    except TypeError:  # solvers with a memory or more evaluations take in about as much
+        return 1 - (sigma_next / sigma) ** 2
 
 
 def require_form(posterior: Posterior, sampler: GuidedSampler, form: str) -> None:
@@ -107,8 +117,6 @@ def pulled(
     posterior.count("vjp", len(z))
     posterior.count_normal(len(z))
     sigma, sigma_next = levels
-    tau = 1 - (sigma_next / sigma) ** 2  # the ancestral step moves by tau (D_y - z)
-
     def value_at(denoised: Tensor) -> Tensor:
         x = prior.decode(denoised)
         if how.form == "bayes":
@@ -125,10 +133,10 @@ def pulled(
         slope, gradient = torch.autograd.grad(value.sum(), (denoised, point))
     denoised = denoised.detach()
     if how.form == "norm":  # divide so that the displacement is the published one
-        scales = math.sqrt((1 + sigma**2) * (1 + sigma_next**2))
+        scales, tau = math.sqrt((1 + sigma**2) * (1 + sigma_next**2)), 1 - (sigma_next / sigma) ** 2
         return denoised + how.weight * 1000 / how.steps * scales / tau * gradient
     pull = how.weight * sigma**2 * gradient
-    if not how.guard:
+    if how.reach is None:
         return denoised + pull
     for _ in range(_SHRINKS):
         posterior.count("forward", len(z))
@@ -138,4 +146,5 @@ def pulled(
         pull = over(torch.where(ahead.isfinite(), 1.0, 2.0**-4), pull) * pull
     rise = dot(slope, pull)
     best = rise / (2 * (rise + value.detach() - ahead))
-    return denoised + over(torch.where((best > 0) & (best < tau), best / tau, torch.ones_like(best)), pull) * pull
+    share = torch.where((best > 0) & (best < how.reach), best / how.reach, torch.ones_like(best))
+    return denoised + over(share, pull) * pull

@@ -31,7 +31,7 @@ from recon.operators.base import LinearOperator
 from recon.operators.cg import dot
 from recon.posterior import Posterior
 from recon.samplers.base import Claim, GuidedSampler
-from recon.samplers.dps import Form, Pull, pulled, require_form
+from recon.samplers.dps import Form, Pull, pulled, reach, require_form
 from recon.samplers.requirements import require_gaussian
 
 _PROJECTOR = 1e-3  # relative error of A^T A A^T A = A^T A that rounding and interpolation may leave
@@ -81,7 +81,8 @@ class LatentDPS(GuidedSampler):
             return self.gamma / self.omega * self._gluing(posterior, denoised, x)
 
         more = glued if self.gamma > 0 else None
-        return pulled(posterior, z, (sigma, sigma_next), Pull(self.form, self.omega, self.steps, self.guard), more)
+        how = Pull(self.form, self.omega, self.steps, reach(self, sigma, sigma_next) if self.guard else None)
+        return pulled(posterior, z, (sigma, sigma_next), how, more)
 
     def _gluing(self, posterior: Posterior, denoised: Tensor, x: Tensor) -> Tensor:
         """``|g|^2 / (2 sigma_y^2)``, or ``|g|`` for the norm: (n,)."""

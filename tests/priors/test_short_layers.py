@@ -23,6 +23,11 @@ def norm(groups, channels, dtype=torch.float64):
     return made
 
 
+# Forward derivatives make torch compile a few formulas of its own, the old way.
+SCRIPTS = pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated")
+
+
+@SCRIPTS
 @pytest.mark.parametrize(("groups", "channels"), [(2, 6), (4, 4), (1, 3)])
 def test_the_pull_of_a_norm_is_its_derivative_and_so_is_the_next(groups, channels):
     layer = norm(groups, channels)
@@ -32,7 +37,7 @@ def test_the_pull_of_a_norm_is_its_derivative_and_so_is_the_next(groups, channel
         return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
 
     inputs = (point, layer.weight, layer.bias)
-    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(call, inputs)
 
 
@@ -48,6 +53,20 @@ def test_a_norm_has_the_gradients_of_torch(laid_out):
         found[name] = (out, *torch.autograd.grad(out, (point, layer.weight, layer.bias), g))
     for ours, theirs in zip(found["ours"], found["torch"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@SCRIPTS
+def test_a_norm_can_be_transformed():
+    """As deepinv and others do: vjp, jvp and whole Jacobians by torch.func."""
+    layer, x, g = norm(2, 6), seeded(2, 6, 3, 2), seeded(2, 6, 3, 2, seed=3)
+    found = []
+    for kind in (Norm, nn.GroupNorm):
+        layer.__class__ = kind
+        out, pull = torch.func.vjp(layer, x)
+        jacobians = [how(layer)(x) for how in (torch.func.jacrev, torch.func.jacfwd)]
+        found.append((out, pull(g)[0], torch.func.jvp(layer, (x,), (g,))[1], *jacobians))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_a_norm_in_bfloat16_rounds_and_no_more():

@@ -12,7 +12,8 @@ import recon
 from recon.likelihoods import GaussianLikelihood, Likelihood, PoissonLikelihood, TransmissionLikelihood
 from recon.operators import MatrixOperator, PhaseRetrieval
 from recon.priors import GaussianPrior
-from recon.samplers import DPS, LatentDPS
+from recon.samplers import DDIM, DPS, Ancestral, LatentDPS, Renoise
+from recon.samplers.transitions import DPMSolver2M, Heun, Transition
 from recon.schedules import LogLinear
 from recon.selftest import gaussian_problem
 from tests.samplers.problems import random_problem
@@ -60,6 +61,16 @@ def test_precise_data_do_not_make_it_diverge() -> None:
     like = posterior.likelihood.gaussian()
     start = like.residual(posterior.prior.decode(torch.zeros(1, *posterior.prior.latent.shape, dtype=torch.float64)))
     assert float(like.residual(ensemble.x).square().mean()) < 1e-3 * float(start.square().mean())
+
+
+@pytest.mark.parametrize("transition", [Renoise(1.0), Renoise(0.5), DDIM(), Ancestral(), Heun(), DPMSolver2M()])
+def test_every_transition_is_guarded(transition: Transition) -> None:
+    """By how much of the guided point its step takes in: all of it where all noise is renewed."""
+    posterior = gaussian_problem(snr=1e4)
+    ensemble = recon.sample(posterior, DPS(steps=40, transition=transition), draws=4)
+    like = posterior.likelihood.gaussian()
+    start = like.residual(posterior.prior.decode(torch.zeros(1, *posterior.prior.latent.shape, dtype=torch.float64)))
+    assert float(like.residual(ensemble.x).square().mean()) < 0.1 * float(start.square().mean())
 
 
 def test_many_steps_are_those_without_it() -> None:
