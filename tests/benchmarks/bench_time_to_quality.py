@@ -46,9 +46,10 @@ from recon.diagnostics.images import psnr
 from recon.diagnostics.scores import fair_crps
 from recon.draws import Pairs
 from recon.likelihoods import GaussianLikelihood
+from recon.operators import CG
 from recon.operators.deepinv_bridge import as_deepinv
 from recon.priors import Prior, load_prior
-from recon.samplers import METHODS, DiffPIR, PiGDM, Renoise, Sampler
+from recon.samplers import METHODS, MMPS, DiffPIR, PiGDM, Renoise, Sampler
 from recon.schedules import Karras, Schedule
 
 TOP, BOTTOM = 20.0, 0.01  # noise levels walked, units of the latent
@@ -65,6 +66,11 @@ RECON: dict[str, Sampler] = {
 } | {
     f"pigdm {steps}, zeta 0.8": PiGDM(steps=steps, sigma_max=3.0, sigma_min=BOTTOM, transition=Renoise(0.8))
     for steps in (16, 24, 32)
+} | {
+    f"mmps {steps}, zeta 0.8": MMPS(
+        steps=steps, sigma_max=3.0, sigma_min=BOTTOM, cg=CG(iterations=3, tolerance=1e-4), transition=Renoise(0.8)
+    )
+    for steps in (12, 16)
 }
 
 
