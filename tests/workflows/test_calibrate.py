@@ -231,8 +231,9 @@ def test_an_overconfident_sampler_is_found_so_and_its_factors_make_new_cases_cov
     # Draws that are drawn together are smoother than the truth too, which may stand out more than their spread.
     assert found["finding"] in ("under-dispersed", "biased")
     words = {name: quantity["finding"] for name, quantity in found["quantities"].items()}
-    noticed = ("90 % interval of each pixel", "rank of mean", "standard deviation")
-    assert {words[name] for name in noticed} == {"under-dispersed"}
+    assert {words[name] for name in ("90 % interval of each pixel", "standard deviation")} == {"under-dispersed"}
+    # One rank a case: 40 find a spread wrong by 2.2 in most worlds, and in no world may it be called right or too wide.
+    assert words["rank of mean"] in ("under-dispersed", "biased", "cannot say")
     assert found["assessment"]["skill"] == pytest.approx(0.45, abs=0.1)
     fresh = held(place, tmp_path / "fresh", "sampler.shrink=0.45", "seed=6", wanted=SOME)
     needs = [load_case(fresh / "cases", "prior", case)["needs"] for case in range(40)]
