@@ -129,6 +129,7 @@ class _Norm(torch.autograd.Function):
 
 
 def _of_groups(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and one over the standard deviation of each group: (n, groups)."""
-    variance, mean = torch.var_mean(x.reshape(len(x), groups, -1), 2, correction=0)
+    """Mean and one over the standard deviation of each group, in float32 at least: (n, groups)."""
+    values = x.to(torch.promote_types(torch.float32, x.dtype)).reshape(len(x), groups, -1)
+    variance, mean = torch.var_mean(values, 2, correction=0)
     return mean, (variance + eps).rsqrt()
