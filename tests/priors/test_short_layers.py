@@ -6,6 +6,7 @@ import pytest
 import torch
 from deepinv.models.utils import UpDownConv2d
 from torch import nn
+from torch.nn import functional
 
 from recon.priors.layers import Convolution, Norm, shorten
 from recon.priors.network import Architecture, build_network
@@ -82,6 +83,18 @@ def test_a_norm_in_bfloat16_rounds_and_no_more():
     exact, rounded = errors
     assert float((rounded - exact).square().mean().sqrt()) < 2**-8 * float(exact.square().mean().sqrt())
     assert float((rounded - exact).abs().max()) < 4 * 2**-8 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("pixels", [16, 32])
+def test_a_norm_in_bfloat16_is_computed_in_float32_and_rounded_once(pixels):
+    layer = norm(32, 64, torch.float32)
+    x = (3.0 + seeded(2, 64, pixels, pixels, seed=5)).bfloat16().to(memory_format=torch.channels_last)
+    once = functional.group_norm(x.float(), 32, layer.weight, layer.bias, layer.eps).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), once, rtol=2**-8, atol=2**-12)
+    out = layer(x.requires_grad_())
+    torch.testing.assert_close(out, once, rtol=2**-8, atol=2**-12)
+    assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("how", [{}, {"up": True}, {"down": True}])
