@@ -18,7 +18,7 @@ run again, so that a call that was stopped can be repeated, and slices split ove
 Both sides use the same denoiser and projector (``recon.operators.deepinv_bridge``) and the same noise.  deepinv expects images
 in [0, 1] and an operator of norm 1: x = high u, y and its noise are divided by high |A|, and noise levels outside the prior's
 range are asked at its nearest end.  Each method has several settings (steps, weights, renewal); the best one counts.  deepinv's
-PosteriorDiffusion walks down the very levels that recon's samplers do.
+PosteriorDiffusion walks down the very levels that recon's samplers do, from the prior's mean and 20, or from 2.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from recon.samplers import METHODS, MMPS, DiffPIR, PiGDM, Renoise, Sampler
 from recon.schedules import Karras, Schedule
 
 TOP, BOTTOM = 20.0, 0.01  # noise levels walked, units of the latent
+SHORT = (0.005, 2.0)  # the same, where the data leave little open
 NEAR = 0.1  # dB
 SIDES = ("recon", "deepinv")
 Draw = Callable[[int], Tensor]  # the number of a call -> (n, *space.shape)
@@ -60,18 +61,19 @@ Draw = Callable[[int], Tensor]  # the number of a call -> (n, *space.shape)
 RECON: dict[str, Sampler] = {
     f"{name} {steps}": METHODS[name](steps=steps, sigma_max=TOP, sigma_min=BOTTOM)  # type: ignore[call-arg]
     for name, steps in (("mmps", 16), ("mmps", 30), ("diffpir", 24), ("diffpir", 64), ("pigdm", 32), ("dds", 24))
-} | {
-    f"diffpir {steps} renewed": DiffPIR(steps=steps, sigma_max=3.0, sigma_min=0.003, transition=Renoise(1.0))
-    for steps in (12, 16, 32, 64)
-} | {
-    f"pigdm {steps}, zeta 0.8": PiGDM(steps=steps, sigma_max=3.0, sigma_min=BOTTOM, transition=Renoise(0.8))
-    for steps in (16, 24, 32)
-} | {
-    f"mmps {steps}, zeta 0.8": MMPS(
-        steps=steps, sigma_max=3.0, sigma_min=BOTTOM, cg=CG(iterations=3, tolerance=1e-4), transition=Renoise(0.8)
-    )
-    for steps in (12, 16)
 }
+for _steps in (12, 16, 32, 64):
+    RECON[f"diffpir {_steps} renewed"] = DiffPIR(steps=_steps, sigma_max=3.0, sigma_min=0.003, transition=Renoise(1.0))
+for _steps in (16, 24, 32):
+    RECON[f"pigdm {_steps}, zeta 0.8"] = PiGDM(steps=_steps, sigma_max=3.0, sigma_min=BOTTOM, transition=Renoise(0.8))
+for _steps, _iterations, (_bottom, _top), _name in (
+    (12, 3, (BOTTOM, 3.0), "12, zeta 0.8"),
+    (16, 3, (BOTTOM, 3.0), "16, zeta 0.8"),
+    (18, 4, SHORT, "18 by 4"),
+    (20, 3, SHORT, "20 by 3"),
+):
+    _limits = CG(iterations=_iterations, tolerance=1e-4)
+    RECON[f"mmps {_name}"] = MMPS(steps=_steps, sigma_max=_top, sigma_min=_bottom, cg=_limits, transition=Renoise(0.8))
 
 
 @dataclass(frozen=True)
@@ -246,19 +248,25 @@ def theirs(case: Slice) -> list[Contestant]:
             f"DPS 100, {guidance} {weight:g}",
             lambda k, dps=dps: dps(y, physics, x_init=shape, seed=k),  # type: ignore[misc]
         )
-    for steps in (16, 30):
-        low, high = (2 * denoiser.scale * level for level in (BOTTOM, TOP))  # deepinv walks in [-1, 1]
+    for steps, (bottom, top) in product((16, 30), ((BOTTOM, TOP), SHORT)):
+        low, high = (2 * denoiser.scale * level for level in (bottom, top))  # deepinv walks in [-1, 1]
         sde = sampling.VarianceExplodingDiffusion(sigma_min=low, sigma_max=high, alpha=1.0)
-        levels = Karras().sigmas(Schedule(BOTTOM, TOP), steps)[:-1] / BOTTOM
-        times = levels.log() / torch.tensor(TOP / BOTTOM, dtype=torch.float64).log()
+        levels = Karras().sigmas(Schedule(bottom, top), steps)[:-1] / bottom
+        times = levels.log() / torch.tensor(top / bottom, dtype=torch.float64).log()
+
+        def at(k: int, level: float = high) -> Tensor:
+            """The start: around the prior's mean, where deepinv's own is around the middle of its range."""
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(k))
+            return 2 * denoiser.shift - 1 + level * noise
+
         kinds = {"moments": sampling.MomentMatchingDataFidelity, "PiGDM": sampling.PiGDMDataFidelity}
         for name, kind in kinds.items():
             walk = sampling.PosteriorDiffusion(
                 kind(), denoiser, sde, sampling.AncestralSolver(timesteps=times, rng=torch.Generator())
             )
             add(
-                f"PosteriorDiffusion {name} {steps}",
-                lambda k, walk=walk: walk(y, physics, x_init=shape, seed=k),  # type: ignore[misc]
+                f"PosteriorDiffusion {name} {steps}, from {top:g}",
+                lambda k, walk=walk, at=at: walk(y, physics, x_init=at(k), seed=k),  # type: ignore[misc]
             )
     return [Contestant("deepinv", name, draw) for name, draw in made.items()]
 
