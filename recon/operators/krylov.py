@@ -25,7 +25,7 @@ Inner products are per draw, and a draw that has converged adds nothing more, so
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,12 +60,18 @@ class Projected:
         y = torch.linalg.solve_triangular(self.r, self.g[..., None], upper=True)
         return y, self.right - self.h @ y
 
-    def lift(self, y: Tensor) -> Tensor:
-        """``V y``: (n, k, 1) -> (n, ...)."""
-        x = torch.zeros_like(self.basis[0])
-        for v, weight in zip(self.basis, y[..., 0].to(x.device).unbind(1), strict=False):
-            x = x + spread(weight, v) * v
-        return x
+    def galerkin(self, least: float = 0.0) -> Tensor:
+        """``y`` of the module's text: (n, k, 1).  least: a number that no eigenvalue of ``K`` can be below."""
+        y, residual = self.minimal()
+        k = self.h.shape[2]
+        ended = (self.h == 0).all(1)  # of a draw that had converged: a row of its own, and no right-hand side
+        square = self.h[:, :k].masked_fill(ended[..., None], 0.0) + torch.diag_embed(ended * (1.0 + least)).double()
+        other, fault = torch.linalg.solve_ex(square, self.right[:, :k])
+        step = torch.where((fault == 0)[:, None, None] & other.isfinite(), other - y, 0.0)
+        error = _error(square, least)
+        sure = _largest((error @ y)[..., 0], (error @ step)[..., 0], residual.square().sum((1, 2)))
+        near = _largest(residual[..., 0], (self.h @ step)[..., 0], self.scale**2)
+        return y + torch.minimum(sure, near)[:, None, None] * step
 
 
 def project(matvec: Matvec, b: Tensor, limits: CG) -> Projected:
@@ -107,7 +113,7 @@ def gmres(matvec: Matvec, b: Tensor, limits: CG) -> Tensor:
     limits: most uses of ``matvec`` (each keeps one more array like ``b``), and the relative residual that ends a draw's search.
     """
     system = project(matvec, b, limits)
-    return system.lift(system.minimal()[0])
+    return combine(system.minimal()[0], system.basis, b)
 
 
 def galerkin(matvec: Matvec, b: Tensor, limits: CG, least: float = 0.0) -> Tensor:
@@ -116,16 +122,18 @@ def galerkin(matvec: Matvec, b: Tensor, limits: CG, least: float = 0.0) -> Tenso
     limits: as of ``gmres``.  least: a number that no eigenvalue of ``K`` can be below.
     """
     system = project(matvec, b, limits)
-    y, residual = system.minimal()
-    k = system.h.shape[2]
-    ended = (system.h == 0).all(1)  # of a draw that had converged: a row of its own, and no right-hand side
-    square = system.h[:, :k].masked_fill(ended[..., None], 0.0) + torch.diag_embed(ended * (1.0 + least)).double()
-    other, fault = torch.linalg.solve_ex(square, system.right[:, :k])
-    step = torch.where((fault == 0)[:, None, None] & other.isfinite(), other - y, 0.0)
-    error = _error(square, least)
-    sure = _largest((error @ y)[..., 0], (error @ step)[..., 0], residual.square().sum((1, 2)))
-    near = _largest(residual[..., 0], (system.h @ step)[..., 0], system.scale**2)
-    return system.lift(y + torch.minimum(sure, near)[:, None, None] * step)
+    return combine(system.galerkin(least), system.basis, b)
+
+
+def combine(y: Tensor, arrays: Sequence[Tensor], like: Tensor) -> Tensor:
+    """``sum_i y_i arrays_i`` per draw: (n, k, 1) and arrays like ``like``, (n, ...); zero of none.
+
+    Of the basis it is the solution ``V y``; of what a linear map makes of the basis, what it makes of the solution.
+    """
+    x = torch.zeros_like(like)
+    for v, weight in zip(arrays, y[..., 0].to(like.device).unbind(1), strict=False):
+        x = x + spread(weight, v) * v
+    return x
 
 
 def _error(square: Tensor, least: float) -> Tensor:

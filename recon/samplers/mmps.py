@@ -4,7 +4,8 @@ r"""Moment-matching posterior sampling (Rozet et al. 2024).
 linear operator ``A`` (here with the prior's affine decoder folded in, ``x = b + s z``) and noise covariance ``S``::
 
     v   = (S + A s C s A^T)^-1 (y - A x(D))         # Krylov; one vjp of the denoiser per iteration
-    D_y = D + sigma^2 J s A^T v                     # eq. 8 of the paper, and one vjp
+    D_y = D + sigma^2 J s A^T v                     # eq. 8 of the paper; no vjp of its own, as v is a sum of
+                                                    # vectors whose pulls the iterations have made
 
 The system is solved in whitened data, ``S^-1/2 ( . ) S^-1/2``.  J is symmetric for an exact denoiser, and its system positive:
 CG (the paper's solver) is then the best there is.  A learnt J is neither at large noise, where ``sigma^2 J`` is its errors made
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from recon.errors import InputError
 from recon.operators.cg import CG
-from recon.operators.krylov import galerkin, gmres
+from recon.operators.krylov import combine, project
 from recon.posterior import Posterior
 from recon.samplers.base import Claim
 from recon.samplers.matching import Local, MatchingSampler
@@ -39,16 +40,16 @@ from recon.samplers.widths import closed_covariance, prior_spread
 
 @dataclass(frozen=True)
 class MMPS(MatchingSampler):
-    """Moment-matching posterior sampling; ``cg`` bounds the inner solve (K iterations cost K + 1 vjps per step).
+    """Moment-matching posterior sampling; ``cg`` bounds the inner solve (K iterations cost K vjps per step).
 
-    solver: galerkin, gmres or cg, within the limits ``cg``.  covariance: jacobian, or closed (no vjp; always solved by CG);
-    see the module.  spread: standard deviation of the latent, for priors whose covariance is not known.
+    solver: galerkin, gmres or cg (one vjp more), within the limits ``cg``.  covariance: jacobian, or closed (no vjp; always
+    solved by CG); see the module.  spread: standard deviation of the latent, for priors whose covariance is not known.
     """
 
     claim: ClassVar[Claim] = "exact"
     exact_for: ClassVar[str] = "Gaussian priors and linear Gaussian likelihoods, as steps and CG iterations grow"
     needs: ClassVar[str] = "Gaussian likelihood, differentiable denoiser; a nonlinear operator is linearised"
-    cost: ClassVar[str] = "1 denoiser + (K + 1) vjp + (K + 1) (A, A^T) per step"
+    cost: ClassVar[str] = "1 denoiser + K vjp + (K + 1) A + K A^T per step"
     advice: ClassVar[str] = "more cg iterations, or covariance: closed"
 
     cg: CG = field(default_factory=lambda: CG(iterations=5, tolerance=1e-4))
@@ -83,9 +84,13 @@ class MMPS(MatchingSampler):
             return u + at.forward(shrink(at.back(u)))
 
         if self.solver == "cg" or at.pull is None:
-            v = self.cg.solve(matvec, at.residual, least=1.0)
-        elif self.solver == "gmres":
-            v = gmres(matvec, at.residual, self.cg)
-        else:
-            v = galerkin(matvec, at.residual, self.cg, least=1.0)
-        return shrink(at.back(v))
+            return shrink(at.back(self.cg.solve(matvec, at.residual, least=1.0)))
+        pulled: list[Tensor] = []
+
+        def remembered(u: Tensor) -> Tensor:
+            pulled.append(shrink(at.back(u)))
+            return u + at.forward(pulled[-1])
+
+        system = project(remembered, at.residual, self.cg)
+        y = system.minimal()[0] if self.solver == "gmres" else system.galerkin(least=1.0)
+        return combine(y, pulled, at.denoised)

@@ -13,6 +13,7 @@ import recon
 from recon.errors import InputError
 from recon.likelihoods import GaussianLikelihood
 from recon.operators import CG, Blur, Masked, MatrixOperator, Operator, PhaseRetrieval, complex_grid
+from recon.operators.krylov import galerkin, gmres
 from recon.priors import GaussianMixturePrior, GaussianPrior
 from recon.priors.base import Card, Prior
 from recon.samplers import MMPS, SDA, TMPD, Ancestral, DPMSolver2M, GuidedSampler, PiGDM, SASolver
@@ -350,6 +351,29 @@ def test_a_jacobian_that_is_not_symmetric_does_not_drive_the_data_away() -> None
     print(f"of 200 states, further from the data after the pull: {worse}")
     assert worse["gmres"] == 0
     assert worse["cg"] > 4 * max(worse["galerkin"], 5)  # the residual of its system never grows; the pull may still be long
+
+
+@pytest.mark.parametrize(("solver", "vjps"), [("galerkin", 3), ("gmres", 3), ("cg", 4)])
+def test_the_pull_of_the_solution_is_made_of_those_of_the_iterations(solver: str, vjps: int) -> None:
+    """The same as one vjp more at the solution itself, of a network whose Jacobian is not symmetric."""
+    prior, sigma, limits = Rough(random(8, 8, seed=1)), 3.0, CG(3, 0.0)
+    likelihood = GaussianLikelihood(MatrixOperator(random(8, 8, seed=2)), random(8, seed=3), 0.1)
+    problem, z = recon.Posterior(prior, likelihood), 3 * random(5, 8, seed=4)
+    at = local(problem, z, sigma)
+
+    def matvec(u: Tensor) -> Tensor:
+        return u + sigma**2 * at.forward(at.pull(at.back(u)))  # type: ignore[misc]
+
+    answers = {
+        "galerkin": lambda: galerkin(matvec, at.residual, limits, least=1.0),
+        "gmres": lambda: gmres(matvec, at.residual, limits),
+        "cg": lambda: limits.solve(matvec, at.residual, least=1.0),
+    }
+    expected = sigma**2 * at.pull(at.back(answers[solver]()))  # type: ignore[misc]
+    sampler = MMPS(cg=limits, solver=solver)  # type: ignore[arg-type]
+    before = problem.evaluations["vjp"]
+    torch.testing.assert_close(sampler.correction(at), expected, rtol=1e-9, atol=1e-9)
+    assert problem.evaluations["vjp"] - before == vjps * len(z)
 
 
 def test_a_guide_of_many_solvers() -> None:
