@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_overhead.py [--prior ct_axial]
 
 One block of 4 draws on one thread: the denoiser, its vjp, the operator and its transpose are timed by themselves at the same
-batch size, before and after the run; the run may take 10 % more than their counted sum.
+batch size, before and after the run; the run may take 5 % more than their counted sum, in the median of some runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from recon.operators import CG, ParallelBeam
 from recon.priors import load_prior
 from recon.samplers import MMPS, DiffPIR, Sampler
 
-DRAWS = 4
+DRAWS, RUNS, BAR = 4, 5, 1.05
 
 
 def seconds(function: Callable[[], object], repeats: int = 7) -> list[float]:
@@ -63,18 +63,22 @@ def main() -> None:
     samplers: tuple[Sampler, ...] = (MMPS(steps=10), DiffPIR(steps=20, cg=CG(10, 0.0)))
     for sampler in samplers:
         posterior = recon.Posterior(prior, GaussianLikelihood(operator, y, 0.02))
-        before = own_costs(posterior)
-        ensemble = recon.sample(posterior, sampler, draws=DRAWS, block=DRAWS, comm=serial(1))
-        after = own_costs(posterior)
-        cost = {name: statistics.median([*before[name], *after[name]]) for name in before}
-        spent = dict(ensemble.info["cost"])
-        if spent["vjp"]:
-            cost["denoiser"] = cost["with graph"]
-        needed = sum(spent[name] / DRAWS * cost[name] for name in ("denoiser", "vjp", "forward", "adjoint"))
+        ratios = []
+        for _ in range(RUNS):
+            before = own_costs(posterior)
+            ensemble = recon.sample(posterior, sampler, draws=DRAWS, block=DRAWS, comm=serial(1))
+            after = own_costs(posterior)
+            cost = {name: statistics.median([*before[name], *after[name]]) for name in before}
+            spent = dict(ensemble.info["cost"])
+            if spent["vjp"]:
+                cost["denoiser"] = cost["with graph"]
+            needed = sum(spent[name] / DRAWS * cost[name] for name in ("denoiser", "vjp", "forward", "adjoint"))
+            ratios.append(spent["seconds"] / needed)
         each = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in cost.items())
-        ratio = spent["seconds"] / needed
-        sys.stdout.write(f"{type(sampler).__name__}: {each}\n  wall {spent['seconds']:.2f} s, counted {needed:.2f} s, ")
-        sys.stdout.write(f"ratio {ratio:.3f}, bar 1.10: {'met' if ratio <= 1.1 else 'not met'}\n")
+        ratio = statistics.median(ratios)
+        sys.stdout.write(f"{type(sampler).__name__}: {each}\n  wall {spent['seconds']:.2f} s, counted {needed:.2f} s; ")
+        sys.stdout.write(f"ratio {ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f} in {RUNS} runs), bar {BAR}: ")
+        sys.stdout.write(f"{'met' if ratio <= BAR else 'not met'}\n")
 
 
 if __name__ == "__main__":
