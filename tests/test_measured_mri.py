@@ -59,12 +59,10 @@ def relative(a, b) -> float:
     return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
 
 
-def sense(sigpy, y, maps, iterations: int, weight: float, coord=None) -> np.ndarray:
+def sense(sigpy, y, maps, iterations: int, weight: float) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        app = sigpy.mri.app.SenseRecon(
-            y.numpy(), maps.numpy(), lamda=weight, coord=coord, max_iter=iterations, show_pbar=False
-        )
+        app = sigpy.mri.app.SenseRecon(y.numpy(), maps.numpy(), lamda=weight, max_iter=iterations, show_pbar=False)
         return app.run()
 
 
@@ -129,8 +127,14 @@ def test_along_trajectories(scans, sigpy, name, calibration):
     assert relative(gridded, finer) < 1e-4
     maps = espirit(centred_fft(gridded), calibration)
     A = NonCartesianMRI(complex_grid((n, n)), k, maps)
+    # Five iterations, each of which may add the error of the finer gridding.  After 10 or 20, rounding to float32 has moved
+    # either answer by 1 % (as far as from its own in float64), which says nothing about the operators.
+    fine = sigpy.linop.NUFFT((len(y), n, n), k, oversamp=2, width=6) * sigpy.linop.Multiply((n, n), maps.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        solved = sigpy.app.LinearLeastSquares(fine, y.numpy(), max_iter=5, show_pbar=False).run()
+    assert relative(to_complex(cg_sense(A, y, 5)), solved) < 5 * 1e-4
     image = cg_sense(A, y, 20)
-    assert relative(to_complex(image), sense(sigpy, y, maps, 20, 0.0, k)) < 0.01
     zero = to_channels(torch.zeros(n, n, dtype=torch.complex64))
     misfit = [float((A(x) - y).norm() / y.norm()) for x in (image, cg_sense(A, y, 5), zero)]
     assert misfit[0] < misfit[1] < misfit[2] == 1.0
