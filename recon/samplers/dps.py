@@ -35,7 +35,7 @@ from recon.operators.cg import spread as over
 from recon.posterior import Posterior
 from recon.samplers.base import Claim, GuidedSampler
 from recon.samplers.requirements import require_gaussian
-from recon.samplers.transitions import Ancestral
+from recon.samplers.transitions import Ancestral, Leg
 
 Form = Literal["bayes", "norm"]
 _SHRINKS = 16  # by 2^-4 each, until the log-likelihood of where a pull leads is a number
@@ -86,10 +86,8 @@ class DPS(GuidedSampler):
 def reach(sampler: GuidedSampler, sigma: float, sigma_next: float) -> float:
     """How much of ``D_y`` a step takes in: ``1 - (sigma_next / sigma)^2`` of an ancestral one, 1 where all noise is renewed."""
     zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    try:
-        return float(sampler.transition.step(zero, one, sigma, sigma_next, zero))
-    except TypeError:  # solvers with a memory or more evaluations take in about as much
-        return 1 - (sigma_next / sigma) ** 2
+    leg = Leg((sigma, sigma_next, 0.0), 0, lambda *_: one, zero)
+    return float(sampler.transition.advance(zero, {}, leg)[0])
 
 
 def require_form(posterior: Posterior, sampler: GuidedSampler, form: str) -> None:
@@ -117,6 +115,7 @@ def pulled(
     posterior.count("vjp", len(z))
     posterior.count_normal(len(z))
     sigma, sigma_next = levels
+
     def value_at(denoised: Tensor) -> Tensor:
         x = prior.decode(denoised)
         if how.form == "bayes":

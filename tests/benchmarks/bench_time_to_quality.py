@@ -248,6 +248,7 @@ def theirs(case: Slice) -> list[Contestant]:
             f"DPS 100, {guidance} {weight:g}",
             lambda k, dps=dps: dps(y, physics, x_init=shape, seed=k),  # type: ignore[misc]
         )
+    kinds = {"moments": sampling.MomentMatchingDataFidelity, "PiGDM": sampling.PiGDMDataFidelity}
     for steps, (bottom, top) in product((16, 30), ((BOTTOM, TOP), SHORT)):
         low, high = (2 * denoiser.scale * level for level in (bottom, top))  # deepinv walks in [-1, 1]
         sde = sampling.VarianceExplodingDiffusion(sigma_min=low, sigma_max=high, alpha=1.0)
@@ -259,7 +260,6 @@ def theirs(case: Slice) -> list[Contestant]:
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(k))
             return 2 * denoiser.shift - 1 + level * noise
 
-        kinds = {"moments": sampling.MomentMatchingDataFidelity, "PiGDM": sampling.PiGDMDataFidelity}
         for name, kind in kinds.items():
             walk = sampling.PosteriorDiffusion(
                 kind(), denoiser, sde, sampling.AncestralSolver(timesteps=times, rng=torch.Generator())
